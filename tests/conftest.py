@@ -1,0 +1,31 @@
+"""What all tests share: the project on the path, two threads, the golden arrays."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """golden("name") -> the arrays of tests/golden/name.npz."""
+    return lambda name: np.load(ROOT / "tests" / "golden" / f"{name}.npz")
+
+
+@pytest.fixture
+def command(tmp_path):
+    """command("ti_net.py", ...) runs a script in tmp_path as a user would; returns the process."""
+    def run(script: str, *words: str, code: int = 0, **more: str) -> subprocess.CompletedProcess:
+        env = os.environ | {"OMP_NUM_THREADS": "2"} | more
+        done = subprocess.run([sys.executable, str(ROOT / script), *words], cwd=tmp_path, env=env,
+                              capture_output=True, text=True, timeout=300)
+        assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
+        return done
+    return run

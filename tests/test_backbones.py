@@ -1,0 +1,141 @@
+"""Back-bones: names of torchvision and timm, strides, and loading weights from any checkpoint."""
+import pytest
+import torch
+import torchvision
+
+from common import UserError, build_backbone, denormalise, load_backbone, normalise
+
+RESNETS = {"resnet18": "resnet18", "resnet34": "resnet34", "resnet50": "resnet50",
+           "resnet152": "resnet152"}
+
+
+@pytest.mark.parametrize("name", sorted(RESNETS))
+def test_resnets_have_torchvision_s_names_and_load_strictly(name):
+    ours, theirs = build_backbone(name, 64), getattr(torchvision.models, RESNETS[name])()
+    theirs.fc = torch.nn.Identity()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(ours.eval()(x)[-1].mean((2, 3)), theirs.eval()(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("name, widths", [("resnet10", (64, 128, 256, 512)),
+                                          ("resnet50", (256, 512, 1024, 2048)),
+                                          ("efficientnet_b0", (24, 40, 112, 1280))])
+def test_maps_lie_at_strides_4_8_16_32(name, widths):
+    net = build_backbone(name, 64).eval()
+    with torch.no_grad():
+        maps = net(torch.randn(1, 3, 64, 96))
+    assert [tuple(m.shape) for m in maps] == [(1, w, 64 // s, 96 // s)
+                                              for w, s in zip(widths, (4, 8, 16, 32))]
+    assert net.dim == widths[-1] and net.stride == 32
+
+
+@pytest.mark.parametrize("name, parameters", [("resnet10", 4_905_792), ("resnet50", 23_508_032),
+                                              ("vit_s", 21_665_664), ("vit_b", 85_798_656)])
+def test_parameter_counts(name, parameters):
+    """ResNet-50: 25,557,032 less its classifier's 2,049,000. ViTs: timm's counts without a head."""
+    assert sum(p.numel() for p in build_backbone(name, 224).parameters()) == parameters
+
+
+def test_vit_has_timm_s_names():
+    names = set(build_backbone("vit_mini", 32).state_dict())
+    assert {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight",
+            "blocks.3.attn.qkv.bias", "blocks.3.attn.proj.weight", "blocks.0.mlp.fc1.weight",
+            "blocks.0.mlp.fc2.bias", "blocks.0.norm2.bias", "norm.weight"} <= names
+
+
+def test_vit_block_matches_torch_s_own_encoder_layer():
+    """The same weights in nn.TransformerEncoderLayer (pre-norm, GELU) give the same tokens."""
+    from common import Block
+    ours = Block(64, 4)
+    theirs = torch.nn.TransformerEncoderLayer(64, 4, 256, 0.0, "gelu", 1e-6, True, norm_first=True)
+    with torch.no_grad():
+        theirs.self_attn.in_proj_weight.copy_(ours.attn.qkv.weight)
+        theirs.self_attn.in_proj_bias.copy_(ours.attn.qkv.bias)
+        for a, b in ((theirs.self_attn.out_proj, ours.attn.proj), (theirs.linear1, ours.mlp.fc1),
+                     (theirs.linear2, ours.mlp.fc2), (theirs.norm1, ours.norm1), (theirs.norm2, ours.norm2)):
+            a.weight.copy_(b.weight)
+            a.bias.copy_(b.bias)
+        x = torch.randn(2, 9, 64)
+        assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+
+
+def test_vit_map_keeps_rows_and_columns():
+    net = build_backbone("vit_mini", 32).eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(net(x)[0][0, :, 1, 2], net.tokens(x)[0, 1 + 1 * 4 + 2])
+
+
+def test_vit_refuses_a_size_its_patches_do_not_fill():
+    with pytest.raises(UserError, match="multiple of the ViT's patch, 16"):
+        build_backbone("vit_s", 100)
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s},
+                                  lambda s: {"model": {f"module.backbone.{k}": v for k, v in s.items()}},
+                                  lambda s: {"epoch": 3, "teacher": {f"encoder.{k}": v for k, v in s.items()}}])
+def test_weights_load_from_any_wrapper(tmp_path, wrap):
+    source, target = build_backbone("resnet10", 64), build_backbone("resnet10", 64)
+    torch.save(wrap(source.state_dict() | {}), tmp_path / "w.pt")
+    load_backbone(target, tmp_path / "w.pt")
+    for (key, a), b in zip(source.state_dict().items(), target.state_dict().values()):
+        assert torch.equal(a, b), key
+
+
+def test_classifier_is_ignored_and_named(tmp_path):
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "w.pt")
+    said = load_backbone(build_backbone("resnet18", 64), tmp_path / "w.pt")
+    assert "ignored 2: fc.bias, fc.weight" in said
+
+
+def test_a_missing_or_misshapen_key_is_refused(tmp_path):
+    state = build_backbone("resnet10", 64).state_dict()
+    torch.save({k: v for k, v in state.items() if k != "layer2.0.conv1.weight"}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="lacks 1 of .* layer2.0.conv1.weight"):
+        load_backbone(build_backbone("resnet10", 64), tmp_path / "a.pt")
+    torch.save(state | {"conv1.weight": torch.zeros(64, 1, 7, 7)}, tmp_path / "b.pt")
+    with pytest.raises(UserError, match=r"conv1.weight is \(64, 1, 7, 7\)"):
+        load_backbone(build_backbone("resnet10", 64), tmp_path / "b.pt")
+    torch.save(state, tmp_path / "c.pt")
+    with pytest.raises(UserError, match="--backbone"):
+        load_backbone(build_backbone("vit_mini", 32), tmp_path / "c.pt")
+
+
+def test_a_hostile_or_broken_checkpoint_is_refused_in_one_sentence(tmp_path):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "touched"), "w"))
+
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 not a zip")
+    for name in ("evil.pt", "cut.pt", "absent.pt"):
+        with pytest.raises(UserError) as error:
+            load_backbone(build_backbone("resnet10", 64), tmp_path / name)
+        assert name in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_position_embedding_is_resized(tmp_path):
+    small, large = build_backbone("vit_mini", 32), build_backbone("vit_mini", 64)
+    ramp = torch.arange(4.0).expand(4, 4)[..., None].expand(4, 4, 128)    # grows along x
+    with torch.no_grad():
+        small.pos_embed[0, 1:] = ramp.reshape(16, 128)
+        small.pos_embed[0, 0] = 7.0
+    torch.save(small.state_dict(), tmp_path / "w.pt")
+    load_backbone(large, tmp_path / "w.pt")
+    grid = large.pos_embed[0, 1:, 0].view(8, 8)
+    assert (large.pos_embed[0, 0] == 7).all()
+    assert torch.allclose(grid[3, 2:6], torch.tensor([0.75, 1.25, 1.75, 2.25]), atol=0.05)
+    assert torch.allclose(grid[0], grid[7], atol=1e-5)
+
+
+def test_normalise_is_imagenet_s_and_invertible():
+    picture = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    out = normalise(picture)
+    expected = [(0 - .485) / .229, (128 / 255 - .456) / .224, (1 - .406) / .225]
+    assert torch.allclose(out[0, :, 0, 0], torch.tensor(expected), atol=1e-6)
+    assert torch.allclose(denormalise(out) * 255, picture.float(), atol=1e-3)

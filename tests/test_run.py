@@ -1,0 +1,301 @@
+"""Options, folders, logs, checkpoints, processes: what surrounds every training loop."""
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import ti_net
+from common import (Flags, Log, UserError, load_checkpoint, open_out, parse, save_checkpoint, settle,
+                    share, steps_per_epoch, table, training_steps, write_results)
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--data", "synthetic:calm", "--samples", "48", "--backbone", "resnet10", "--image-size", "32",
+         "--batch-size", "8", "--micro-batch", "4", "--decoder-width", "4", "--epochs", "2",
+         "--workers", "0", "--device", "cpu", "--probe-every", "0"]
+
+
+# ---- Options
+
+
+@pytest.mark.parametrize("script", [ti_net])
+def test_defaults_match_the_paper_or_say_why(script):
+    for field in dataclasses.fields(script.Config):
+        note = field.metadata
+        assert note["help"], field.name
+        if note["paper"] is not common.SILENT:
+            assert note["ref"], f"{field.name}: a paper's value without its place"
+            assert field.default == note["paper"] or note["why"], f"{field.name}: differs without a why"
+        if note["finetune"] is not common.SILENT:
+            assert note["finetune_why"] or note["finetune"] == note["finetune_paper"], field.name
+
+
+def test_ti_net_s_paper_values_are_those_of_section_4_1():
+    """Typed from the page: 224 px, 50 epochs, batch 68, base rate 1.5e-3, w 0.001, ResNet-50."""
+    paper = {f.name: f.metadata["paper"] for f in dataclasses.fields(ti_net.Config)
+             if f.metadata["paper"] is not common.SILENT}
+    assert paper == {"backbone": "resnet50", "image_size": 224, "epochs": 50, "batch_size": 68,
+                     "lr": 0.0015, "w": 0.001}
+
+
+def test_help_lists_every_paper_value_and_variant(command):
+    text = command("ti_net.py", "--help").stdout
+    for value in ("paper resnet50, Tab. 2", "paper 224, Sec. 4.1", "paper 50, Sec. 4.1",
+                  "paper 68, Sec. 4.1", "paper 0.0015, Sec. 4.1", "paper 0.001, Sec. 3.2", *ti_net.VARIANTS):
+        assert value in text, value
+
+
+def test_quick_changes_defaults_and_explicit_flags_win():
+    given = parse(ti_net.Config, ["--quick", "--epochs", "9"], "x", ti_net.QUICK, {})
+    cfg = settle(ti_net.Config, given, "finetune", ti_net.QUICK)
+    assert cfg.backbone == "resnet10" and cfg.epochs == 9 and cfg.weight_decay == 0.0
+    assert settle(ti_net.Config, {}, "pretrain", ti_net.QUICK).epochs == 50
+    assert settle(ti_net.Config, {}, "finetune", ti_net.QUICK).epochs == 120
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--variant", "nonsense"], "invalid choice: 'nonsense'"),
+    (["--epochs", "-1"], "--epochs -1: must be at least 0"),
+    (["--label-fraction", "0"], "--label-fraction 0.0: must lie in (0, 1]"),
+    (["--data", "nowhere"], "data set 'nowhere' is not known"),
+    (["--data", "imagenet", "--root", "absent"], "there is no folder absent"),
+    (["--data", "folder=empty"], "holds no picture"),
+    (["--batch-size", "10", "--micro-batch", "4"], "is no multiple of --micro-batch 4"),
+    (["--data", "synthetic:Q"], "synthetic has the domains"),
+    (["--init", "absent.pt", "--samples", "16"], "absent.pt: no such file"),
+    (["--mano", "absent.pkl"], "absent.pkl"),
+    (["--out", "file"], "holds something already"),
+    (["--out", "full"], "take another folder, or --resume"),
+    (["--resume"], "is not there"),
+    (["--device", "cuda:77"], "--device cuda:77"),
+    (["--data", "synthetic", "--finetune", "dexycb"], "one command runs one stage"),
+    (["--finetune", "dexycb=absent"], "there is no folder absent"),
+    (["--backbone", "vit_mini", "--image-size", "30"], "multiple of the ViT's patch"),
+    (["--nonsense"], "unrecognized arguments: --nonsense")])
+def test_bad_input_gives_one_sentence_and_leaves_no_folder(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("x")
+    base = [] if {"--data", "--finetune"} & set(words) else ["--data", "synthetic:calm"]
+    small = ["--device", "cpu"] if "--device" not in words else []
+    code = common.guarded(lambda: ti_net.main([*base, *small, *words]))
+    error = capsys.readouterr().err
+    assert code == 2 and said in error and "Traceback" not in error
+    assert not list(tmp_path.glob("runs/*")) and not (tmp_path / "file" / "log.jsonl").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(UserError, match="cannot be written"):
+        with open_out("/proc/nowhere/run", "x", False):
+            pass
+
+
+# ---- Folders, logs, checkpoints
+
+
+def test_default_folders_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for expected in ("runs/a", "runs/a-2", "runs/a-3"):
+        with open_out("", "runs/a", False) as folder:
+            assert str(folder) == expected
+    with open_out("", "runs/a", True) as folder:
+        assert str(folder) == "runs/a-3"
+
+
+def test_a_failed_start_leaves_nothing_and_a_later_failure_keeps_the_run(tmp_path):
+    with pytest.raises(UserError):
+        with open_out(str(tmp_path / "a"), "x", False) as folder:
+            (folder / "views.png").touch()
+            raise UserError("no")
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(UserError):
+        with open_out(str(tmp_path / "b"), "x", False) as folder:
+            save_checkpoint(folder / "last.pt", {"step": 1})
+            raise UserError("no")
+    assert (tmp_path / "b" / "last.pt").exists()
+
+
+def test_a_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "a.pt", {"x": torch.ones(3)})
+
+    def broken(content, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(OSError):
+        save_checkpoint(tmp_path / "a.pt", {"x": torch.zeros(3)})
+    assert torch.equal(load_checkpoint(tmp_path / "a.pt")["x"], torch.ones(3))
+
+
+def test_a_log_is_cut_back_to_its_checkpoint(tmp_path):
+    log = Log(tmp_path)
+    log(step=1, loss=torch.tensor(0.123456789))
+    kept = log.size()
+    log(step=2, loss=0.5)
+    Log(tmp_path, kept)(step=2, loss=0.25)
+    lines = [json.loads(x) for x in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": 0.123457}, {"step": 2, "loss": 0.25}]
+
+
+def test_results_hold_one_entry_a_run_and_protocol(tmp_path):
+    entry = {"run": "a", "protocol": "ours", "rows": {"x": {"mpjpe_mm": 1.0}}}
+    write_results(tmp_path / "m.json", "d", entry)
+    write_results(tmp_path / "m.json", "d", entry | {"protocol": "dexycb"})
+    write_results(tmp_path / "m.json", "d", entry | {"rows": {"x": {"mpjpe_mm": 2.0}}})
+    found = json.loads((tmp_path / "m.json").read_text())
+    assert found["data"] == "d" and len(found["results"]) == 2
+    assert found["results"][1]["rows"]["x"]["mpjpe_mm"] == 2.0
+
+
+def test_table_shows_missing_scores_as_dashes():
+    lines = table({"a": {"mpjpe_mm": 12.345}, "b": {"mpjpe_mm": 2.0, "auc": 0.5}}).splitlines()
+    assert lines[0].split() == ["|", "row", "|", "mpjpe_mm", "|", "auc", "|"]
+    assert lines[2].split() == ["|", "a", "|", "12.35", "|", "-", "|"] or "12.34" in lines[2]
+    assert lines[3].split() == ["|", "b", "|", "2.00", "|", "0.500", "|"]
+
+
+# ---- Batches
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Sample i is the number i."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return {"x": torch.tensor(i)}
+
+
+@pytest.mark.parametrize("n, workers", [(50, 0), (50, 2), (3, 0)])
+def test_an_epoch_visits_samples_once_and_goes_on_where_it_stopped(n, workers):
+    cfg = ti_net.Config(batch_size=8, micro_batch=4, workers=workers)
+    whole = list(training_steps(Numbers(n), cfg, 1, 0, torch.device("cpu")))
+    assert len(whole) == steps_per_epoch(n, 8) == max(1, n // 8)
+    order = torch.cat([b["x"] for _, micro in whole for b in micro])
+    assert torch.equal(order, torch.cat([b["index"] for _, micro in whole for b in micro]))
+    assert len(set(order.tolist())) == min(n, len(order))
+    if n > 8:
+        rest = list(training_steps(Numbers(n), cfg, 1, 3, torch.device("cpu")))
+        assert [s for s, _ in rest] == [3, 4, 5]
+        assert torch.equal(rest[0][1][1]["x"], whole[3][1][1]["x"])
+
+
+def test_micro_batches_must_be_shared_evenly(monkeypatch):
+    monkeypatch.setattr(common, "world", lambda: 3)
+    with pytest.raises(UserError, match="take 1, 2, 4 processes"):
+        share(68, 17)
+    monkeypatch.setattr(common, "rank", lambda: 2)
+    assert list(share(48, 8)) == [4, 5]
+
+
+# ---- Whole runs
+
+
+def weights(folder):
+    return torch.load(folder / "backbone.pt", weights_only=True)
+
+
+def test_killed_at_random_moments_and_resumed_a_run_ends_the_same(tmp_path):
+    """SIGKILL, three times, at moments drawn afresh in each test run; then bit-equal weights and log."""
+    env = os.environ | {"OMP_NUM_THREADS": "2"}
+    start = lambda name, *more: subprocess.Popen(
+        [sys.executable, str(ROOT / "ti_net.py"), *SMALL, "--save-minutes", "0.005", "--out", name, *more],
+        cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    began = time.monotonic()
+    straight = start("straight")
+    assert straight.wait(300) == 0, straight.stdout.read()
+    length, killed = time.monotonic() - began, 0
+    for attempt in range(3):
+        run = start("killed", *(["--resume"] if (tmp_path / "killed").exists() else []))
+        time.sleep(length * random.uniform(0.5, 0.95))
+        killed += run.poll() is None
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    last = start("killed", "--resume")
+    assert last.wait(300) == 0, last.stdout.read()
+    assert killed, "every attempt ended before it was killed"
+    a, b = weights(tmp_path / "straight"), weights(tmp_path / "killed")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    logs = [[json.loads(line) for line in (tmp_path / n / "pretrain-ti_net" / "log.jsonl").open()][1:]
+            for n in ("straight", "killed")]
+    assert logs[0] == logs[1]
+
+
+def test_pretrain_then_finetune_then_eval(command, tmp_path):
+    """The three commands of a user, each by its ordinary flags."""
+    command("ti_net.py", *SMALL, "--epochs", "1", "--out", "pre")
+    assert {p.name for p in (tmp_path / "pre").iterdir()} == {"backbone.pt", "flags.json", "pretrain-ti_net"}
+    assert {"views.png", "reconstructions.png", "log.jsonl", "last.pt", "config.json"} <= {
+        p.name for p in (tmp_path / "pre" / "pretrain-ti_net").iterdir()}
+    tune = ["--finetune", "synthetic:calm", "--init", "pre/backbone.pt", *SMALL[2:], "--epochs", "1",
+            "--label-fraction", "0.5"]
+    done = command("ti_net.py", *[x for x in tune if x not in ("--decoder-width", "--probe-every")
+                                  or True], "--out", "tuned")
+    assert "24 labels used" in done.stdout and "scratch: not run" in done.stdout
+    results = json.loads((tmp_path / "tuned" / "metrics.json").read_text())["results"]
+    assert set(results[0]["rows"]) == {"mean_pose", "ti_net"} and results[0]["n"] == 2000
+    for name in ("finetune.pt", "predictions.png", "curve.png"):
+        assert (tmp_path / "tuned" / name).stat().st_size > 1000
+    done = command("eval.py", "tuned", "--workers", "0", "--device", "cpu")
+    assert "mean_pose" in done.stdout and "2,000 samples scored" in done.stdout
+    again = json.loads((tmp_path / "tuned" / "eval-synthetic" / "metrics.json").read_text())["results"]
+    assert again[0]["rows"]["ti_net"]["mpjpe_mm"] == pytest.approx(
+        results[0]["rows"]["ti_net"]["mpjpe_mm"], abs=1e-6)
+
+
+WORKER = '''
+import json, sys
+import torch
+import torch.nn.functional
+sys.path.insert(0, sys.argv[1])
+import ti_net
+from common import accumulate, parallel, share, start, world
+torch.set_default_dtype(torch.float64)
+torch.set_num_threads(1)
+device = start("cpu")
+cfg = ti_net.Config(backbone="resnet10", image_size=32, batch_size=12, micro_batch=2, rank=8, embed_dim=4,
+                    decoder_width=4, w=1.0)
+torch.manual_seed(0)
+model = ti_net.TINet(cfg)
+net = parallel(model, device, False)
+pictures = 255 * torch.rand(12, 3, 48, 48)
+mine = share(12, 2)
+for m in mine:
+    batch = {"image": pictures[2 * m:2 * m + 2], "index": torch.arange(2 * m, 2 * m + 2)}
+    with accumulate(net, last=m == mine[-1]):
+        (ti_net.pretrain_step(net, batch, cfg, 0)["loss"] / len(mine)).backward()
+if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    torch.save({n: p.grad for n, p in model.named_parameters()}, sys.argv[2])
+'''
+
+
+def test_gradients_agree_on_one_two_and_three_processes(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    found = {}
+    for count in (1, 2, 3):
+        out = tmp_path / f"{count}.pt"
+        runner = [sys.executable] if count == 1 else [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+        done = subprocess.run([*runner, str(tmp_path / "worker.py"), str(ROOT), str(out)], timeout=300,
+                              capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[count] = torch.load(out, weights_only=True)
+    for count in (2, 3):
+        for name, gradient in found[1].items():
+            error = (gradient - found[count][name]).abs().max() / gradient.abs().max().clamp(min=1e-12)
+            assert error < 1e-10, (count, name, float(error))
