@@ -50,12 +50,15 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Two OpenMP threads that spin while another program holds a core run six times slower than two
+# that sleep; it must be said before torch is loaded, so scripts import this file first.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from scipy.optimize import nnls
 from torch import Tensor, nn
 from torch.utils.data import default_collate as collate
 from tqdm import tqdm
@@ -463,16 +466,16 @@ def axis_angle_to_matrix(v: Tensor) -> Tensor:
     v = _at_least_float32(v)
     t2 = (v * v).sum(-1)
     small = t2 < 1e-4
-    t = torch.where(small, torch.ones_like(t2), t2).sqrt()   # never 0, or `where` passes on its NaN
-    half = (t / 2).sin() / t
-    a = torch.where(small, 1 - t2 / 6 * (1 - t2 / 20 * (1 - t2 / 42)), t.sin() / t)
-    b = torch.where(small, (1 - t2 / 12 * (1 - t2 / 30 * (1 - t2 / 56))) / 2, 2 * half * half)
-    x, y, z = (a[..., None] * v).unbind(-1)
-    o = torch.zeros_like(x)
-    K = torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).unflatten(-1, (3, 3))
-    outer = (b[..., None] * v)[..., :, None] * v[..., None, :]
-    eye = torch.eye(3, dtype=v.dtype, device=v.device)
-    return (1 - b * t2)[..., None, None] * eye + K + outer
+    t = torch.where(small, 1.0, t2).sqrt()                   # never 0, or `where` passes on its NaN
+    half = t / 2
+    h = half.sin() / t
+    a = torch.where(small, 1 + t2 * (t2 / 120 - 1 / 6), 2 * h * half.cos())
+    b = torch.where(small, 0.5 + t2 * (t2 / 720 - 1 / 24), 2 * h * h)
+    x, y, z = v.unbind(-1)
+    c, ax, ay, az, bx, by, bz = 1 - b * t2, a * x, a * y, a * z, b * x, b * y, b * z
+    xy, xz, yz = bx * y, bx * z, by * z
+    return torch.stack([c + bx * x, xy - az, xz + ay, xy + az, c + by * y, yz - ax,
+                        xz - ay, yz + ax, c + bz * z], -1).unflatten(-1, (3, 3))
 
 
 def matrix_to_axis_angle(R: Tensor) -> Tensor:
@@ -558,7 +561,7 @@ class _ChunkedSkin(torch.autograd.Function):
     so it stays in the cache, and made again in backward instead of being kept.
     """
 
-    CHUNK = 32                                               # hands at a time
+    CHUNK = 64                                               # hands at a time
 
     @staticmethod
     def forward(ctx, A: Tensor, x: Tensor, W: Tensor) -> Tensor:
@@ -627,7 +630,9 @@ class Mano(nn.Module):
         keep("faces", params["f"])
         keep("tips", np.array(tips))
         keep("order", np.array(MANO_TO_OURS))
+        keep("parents", np.array(MANO_PARENTS[1:]))
         keep("eye", np.eye(3))
+        keep("last_row", np.array([0.0, 0.0, 0.0, 1.0]))
 
     def forward(self, R: Tensor, shape: Tensor,
                 trans: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -638,13 +643,14 @@ class Mano(nn.Module):
         `rest_joints(shape)[:, 0] + trans` whatever R is, so trans is not the wrist.
         """
         verts, chain = self._pose(R, shape, trans, self.template, self.basis, self.weights)
-        return verts, torch.cat([chain, verts[:, self.tips]], 1)[:, self.order]
+        tips = verts.mT.index_select(2, self.tips).mT        # along memory, see _pose
+        return verts, self._ours(chain, tips)
 
     def joints(self, R: Tensor, shape: Tensor, trans: Tensor | None = None) -> Tensor:
         """The joints of `forward`, (B, 21, 3) m, without the mesh but for its five tip vertices."""
         tips, chain = self._pose(R, shape, trans,
                                  self.tip_template, self.tip_basis, self.tip_weights)
-        return torch.cat([chain, tips], 1)[:, self.order]
+        return self._ours(chain, tips)
 
     def regress(self, verts: Tensor) -> Tensor:
         """Joints as FreiHAND defines them: (B, 778, 3) posed mesh, any unit -> (B, 21, 3), ours.
@@ -653,7 +659,7 @@ class Mano(nn.Module):
         """
         with torch.autocast(verts.device.type, enabled=False):
             verts = verts.to(self.regressor.dtype)
-            return torch.cat([self.regressor @ verts, verts[:, self.tips]], 1)[:, self.order]
+            return self._ours(self.regressor @ verts, verts.index_select(1, self.tips))
 
     def rest_joints(self, shape: Tensor) -> Tensor:
         """Joints before any rotation: (B, 10) -> (B, 16, 3) m, MANO's order. R[:, 0] turns about 0.
@@ -703,7 +709,8 @@ class Mano(nn.Module):
         R, shape, trans = self._inputs(R, shape, trans)
         with torch.autocast(R.device.type, enabled=False):
             J = self.rest_joints(shape)
-            G, t = self._chain(R, J)
+            world = self._chain(R, J)
+            G, t = world[..., :3, :3], world[..., :3, 3]
             # Shape and pose blend shapes in one product; the wrist has no correctives.
             coefficients = torch.cat([shape, (R[:, 1:] - self.eye).flatten(1)], 1)     # (B, 145)
             x = torch.addmm(template, coefficients, basis).unflatten(1, (3, -1))       # (B, 3, N)
@@ -728,19 +735,20 @@ class Mano(nn.Module):
             given.append(None if value is None else value.to(self.basis.dtype).expand(len(R), -1))
         return given
 
-    @staticmethod
-    def _chain(R: Tensor, J: Tensor) -> tuple[Tensor, Tensor]:
-        """R, J (B, 16, ...) -> rotation and place of each joint, the five fingers side by side."""
-        turn, rest = R[:, 1:].unflatten(1, (5, 3)), J[:, 1:].unflatten(1, (5, 3))
-        G, t, before = R[:, :1], J[:, :1], J[:, :1]          # the wrist, parent of all five
-        rotations, places = [], []
-        for k in range(3):                                   # base, middle and last joint
-            t = t + (G @ (rest[:, :, k] - before)[..., None])[..., 0]
-            G, before = G @ turn[:, :, k], rest[:, :, k]
-            rotations.append(G)
-            places.append(t)
-        return (torch.cat([R[:, :1], torch.stack(rotations, 2).flatten(1, 2)], 1),
-                torch.cat([J[:, :1], torch.stack(places, 2).flatten(1, 2)], 1))
+    def _ours(self, joints: Tensor, tips: Tensor) -> Tensor:
+        """MANO's 16 joints and 5 tips, (B, 16 and 5, 3) -> (B, 21, 3) in our order."""
+        return torch.cat([joints, tips], 1).index_select(1, self.order)
+
+    def _chain(self, R: Tensor, J: Tensor) -> Tensor:
+        """Rotations R, rest places J of the 16 joints -> (B, 16, 4, 4), where each one ends up."""
+        bone = torch.cat([J[:, :1], J[:, 1:] - J.index_select(1, self.parents)], 1)
+        local = torch.cat([R, bone[..., None]], -1)          # (B, 16, 3, 4), in the parent's frame
+        local = torch.cat([local, self.last_row.expand(len(R), 16, 1, 4)], -2)
+        fingers = local[:, 1:].unflatten(1, (5, 3))          # five fingers side by side
+        base = local[:, :1] @ fingers[:, :, 0]
+        middle = base @ fingers[:, :, 1]
+        last = middle @ fingers[:, :, 2]
+        return torch.cat([local[:, :1], torch.stack([base, middle, last], 2).flatten(1, 2)], 1)
 
 
 # ---- Built-in hand --------------------------------------------------------------------------------
@@ -867,7 +875,7 @@ def _flesh(sk: dict[str, np.ndarray], s: dict[str, float]) -> np.ndarray:
     """Round cones whose smooth union is the palm: (N, 8) ends, and radius at each end."""
     t, w, th = s["thickness"], s["width"], s["thenar"]
     at = lambda x, y, z: np.array([x, y * t, z * w])
-    cones = [(at(25, 0, z), at(-12, 0, z), 17.5 * t, 16.0 * t) for z in (10, -9)]
+    cones = [(at(25, 0, z), at(-12, 0, z), 17.0 * t, 15.0 * t) for z in (9, -8)]
     hand = dict(index=(at(-14, 0, 11), 12.0), middle=(at(-14, 1, 3), 12.4),
                 ring=(at(-14, 0, -5), 11.8), pinky=(at(-12, -2, -12), 10.6))
     for f, (carpal, heel) in hand.items():                         # metacarpals and first phalanges
@@ -880,9 +888,9 @@ def _flesh(sk: dict[str, np.ndarray], s: dict[str, float]) -> np.ndarray:
     T, g = sk["thumb"], GIRTH["thumb"] * s["girth"]
     near, fold = 0.55 * T[0] + 0.45 * T[1] - 4, 0.4 * T[0] + 0.6 * T[1] - (3, 0, 3)
     cones += [(T[0], T[1], 13.5, 1.1 * g), (T[1], T[2], 1.08 * g, 0.95 * g),
-              (at(-15, -9, 14), near, 13.5 * th, 13 * th),                                  # thenar
-              (fold, 0.6 * sk["index"][0] + 0.4 * T[1] - (0, 3, 4), 9.5, 8.0),         # thumb's web
-              (at(-16, -6, -18), at(-56, -5, -28.5), 13.5 * t, 11.0 * t)]               # hypothenar
+              (at(-11, -10, 13), near, 14 * th, 13 * th),                                   # thenar
+              (fold, 0.6 * sk["index"][0] + 0.4 * T[1] - (0, 3, 4), 9.5, 8.0),        # thumb's web
+              (at(-11, -9, -17), at(-56, -5, -29.5), 14.5 * t, 11.5 * t)]               # hypothenar
     return np.array([[*a, *b, ra, rb] for a, b, ra, rb in cones])
 
 
@@ -913,7 +921,7 @@ def _rough(sk: dict[str, np.ndarray], s: dict[str, float]) -> list[np.ndarray]:
     last, web = np.split(total / count, [30])
     oval = lambda x, turn: np.stack([np.full_like(turn, x),
                                      18.5 * s["thickness"] * np.cos(2 * np.pi * turn),
-                                     -26.0 * s["width"] * np.sin(2 * np.pi * turn)], 1)
+                                     -25.0 * s["width"] * np.sin(2 * np.pi * turn)], 1)
     palm = [(1 - t) * oval(6.0, PALM_TURNS) + t * last for t in PALM_RINGS]
     palm[2] = np.delete(palm[2], (27, 28, 29), 0)                                # the thumb's hole
     fingers = [block for f in (*order, "thumb") for block in _finger(sk[f], f, s)]
@@ -996,19 +1004,36 @@ def _mesh() -> _Mesh:
     return _Mesh(np.array(faces), part, palm, rings, soft, np.array(padded), count)
 
 
-def _surface(shape: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The generator: (10,) -> vertices (778, 3) in construction order, joints (16, 3); mm."""
-    s, mesh = _factors(shape), _mesh()
-    sk = _skeleton(s)
-    x = np.concatenate(_rough(sk, s))
-    cones, free = _flesh(sk, s), np.flatnonzero(mesh.soft)
-    soft = mesh.soft[free]
-    for step in range(30):               # shrink-wrap: onto the flesh, then apart along its surface
+def _wrap(x: np.ndarray, cones: np.ndarray) -> np.ndarray:
+    """Shrink-wrap (778, 3) mm: free vertices move onto the flesh and apart along its surface."""
+    mesh, x = _mesh(), x.copy()
+    free = np.flatnonzero(mesh.soft)
+    for step in range(24):
         distance, n = _distance(x[free], cones)
-        x[free] -= soft * (distance.clip(-3, 3)[:, None] * n)
+        x[free] -= mesh.soft[free] * (distance.clip(-3, 3)[:, None] * n)
         slide = (mesh.mean(x) - x)[free]
         slide -= (slide * n).sum(1, keepdims=True) * n
-        x[free] += (0.4 if step < 24 else 0.0) * soft * slide
+        x[free] += (0.4 if step < 18 else 0.0) * mesh.soft[free] * slide
+    return x
+
+
+@functools.cache
+def _bulge() -> np.ndarray:
+    """How far wrapping moves the mean hand, (778, 3) mm: every shape starts from there.
+
+    From the rough rings, deep inside the thenar, two like shapes could be pushed out on two sides.
+    """
+    s = _factors(np.zeros(10))
+    sk = _skeleton(s)
+    rough = np.concatenate(_rough(sk, s))
+    return _wrap(rough, _flesh(sk, s)) - rough
+
+
+def _surface(shape: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The generator: (10,) -> vertices (778, 3) in construction order, joints (16, 3); mm."""
+    s = _factors(shape)
+    sk = _skeleton(s)
+    x = _wrap(np.concatenate(_rough(sk, s)) + _bulge(), _flesh(sk, s))
     joints = np.concatenate([np.zeros((1, 3))] + [sk[f][:3] for f in HAND_CHAINS])
     return s["size"] * x + HAND_WRIST, s["size"] * joints + HAND_WRIST
 
@@ -1034,7 +1059,8 @@ def _skin_weights(x: np.ndarray, sk: dict[str, np.ndarray]) -> np.ndarray:
         gap = np.take_along_axis(gap, best, 1)[:, 0]
         reach = (16, 11, 8) if f == "thumb" else (13, 7, 6)            # mm to each side of a joint
         c0, c1, c2 = (_smooth((along - arc[i] + r) / (2 * r)) for i, r in enumerate(reach))
-        c0 = c0 * (own | (mesh.part == 0)) * np.where(own, 1, np.exp(-((gap - 10).clip(0) / 6) ** 2))
+        fade = np.exp(-((gap - 10).clip(0) / 6) ** 2) * (mesh.part == 0)
+        c0 = c0 * np.where(own, 1, fade)
         c1, c2 = c1 * own, c2 * own
         W[:, 1 + 3 * k:4 + 3 * k] = np.stack([c0 * (1 - c1), c0 * c1 * (1 - c2), c0 * c1 * c2], 1)
     W /= W.sum(1, keepdims=True).clip(1)
@@ -1087,6 +1113,8 @@ def _regressor(x: np.ndarray, joints: np.ndarray) -> np.ndarray:
 
     Non-negative least squares over the 48 nearest vertices; rows sum to 1; the mean hand is exact.
     """
+    from scipy.optimize import nnls                                # half a second, and only here
+
     out = np.zeros((16, N_VERTS))
     for j in range(16):
         d = ((x[0] - joints[0, j]) ** 2).sum(1)
@@ -1123,32 +1151,9 @@ def builtin_hand() -> dict[str, np.ndarray]:
                 bs_type="lrotmin")
 
 
-@functools.cache
-def hand_albedo() -> np.ndarray:
-    """Tint of each vertex, (778, 3) RGB factors around 1: pale palm and nails, red knuckles."""
-    mesh, tint = _mesh(), np.ones((N_VERTS, 3))
-    back, palm = np.array([0.95, 0.92, 0.91]), np.array([1.09, 1.04, 1.02])
-    shade = lambda c: np.where(c > 0, 1 + c * (back - 1), 1 - c * (palm - 1))
-    for ring in np.array(mesh.palm):
-        tint[ring[ring >= 0]] = shade(np.cos(2 * np.pi * PALM_TURNS)[ring >= 0, None])
-    for f in HAND_CHAINS:
-        for row, ring in zip((*_rows(f), CAP_RING), mesh.rings[f][1:]):
-            turn = np.cos(_turns(f, len(ring)))[:, None]
-            tint[ring] = shade(turn)
-            if row[0] and row[1:3] == (0, 0):                      # wrinkles over and under a joint
-                tint[ring] *= 1 - np.abs(turn) * [0.06, 0.13, 0.14]
-            if row[0] == 2 and row[1] > 0.5:                                 # nail over, pulp under
-                pulp = tint[ring] * [1.0, 0.94, 0.94]
-                tint[ring] = np.where(turn > 0.5, [1.16, 1.10, 1.12], pulp)
-        tint[mesh.rings[f][-1]] = 1.0, 0.95, 0.95
-    for k in (1, 2, 4, 5, 7, 8, 10, 11):                                                # knuckles
-        tint[mesh.palm[4][k]] *= [0.97, 0.90, 0.89]
-    return tint[mesh.order()]
-
-
 # Gestures: bend of index, middle, ring, pinky (1 = fist), spread (1 = wide), posture of the thumb;
-# open, relaxed, flat, fist, point, V, three, four, pinch, OK, rest, thumb up, shaka, L, horns, claw,
-# and a loose fist.
+# open, relaxed, flat, fist, point, V, three, four, pinch, OK, rest, thumb up, shaka, L, horns,
+# claw, loose fist.
 GESTURES = ((0, 0, 0, 0, 1, 0), (0, 0, 0, 0, 0, 0), (0, 0, 0, 0, -.9, 1), (1.1, 1.1, 1, 1, 0, 2),
             (0, 1.1, 1, 1, 0, 2), (0, 0, 1, 1, 1, 2), (0, 0, 0, 1, .6, 2), (0, 0, 0, 0, .4, 5),
             (.47, .50, .6, .7, 0, 3), (.52, .25, .15, .08, .5, 3), (.22, .28, .34, .40, 0, 1),
@@ -1675,6 +1680,12 @@ class Synthetic:
         near = torch.cdist(verts, joints[[k for k in range(2, 21) if k % 4 != 1]]).amin(1)
         return torch.stack([(0.5 - 0.9 * up).clamp(0, 1), torch.exp(-(near / 0.009) ** 2)], 1)
 
+    def targets(self, index: Tensor) -> dict:
+        """Samples without their pictures, on the CPU; `side_px` (B,) is the side those have."""
+        out = self.batch(index, self.faces.device)
+        out["side_px"] = torch.full((len(index),), float(self.size))
+        return to_device({key: value for key, value in out.items() if key != "image"}, "cpu")
+
     def batch(self, index: Tensor, device: torch.device | str = "cpu") -> dict:
         """Samples `index` (B,) -> the sample dictionary, collated; with views > 1, (B, V, ...).
 
@@ -1947,7 +1958,7 @@ class Cached:
     """
 
     def __init__(self, source: Synthetic, folder: str | Path):
-        self.source, self.views = source, source.views
+        self.source, self.views, self.box_source = source, source.views, source.box_source
         first = self._records(0)
         mark = hashlib.sha256(repr((source.settings, first.dtype)).encode() + first.tobytes())
         for name, value in sorted(source.hand.items()):
@@ -2754,7 +2765,7 @@ class Rows(torch.utils.data.Dataset):
     """Some rows of a data set, (n,) int64, in ascending order."""
 
     def __init__(self, data: Any, rows: Tensor):
-        self.data, self.rows = data, rows
+        self.data, self.rows, self.box_source = data, rows, data.box_source
         if hasattr(data, "batch"):
             self.batch = lambda index, device: data.batch(rows[index], device)
 
@@ -2771,6 +2782,8 @@ class Rows(torch.utils.data.Dataset):
 
 class Joined(torch.utils.data.ConcatDataset):
     """Several data sets, one after the other."""
+
+    box_source = "each data set's own"
 
     def targets(self, index: Tensor) -> dict[str, Tensor]:
         """As the data sets' own: labels without pictures, in the order of `index`."""
@@ -3412,7 +3425,7 @@ def picture(image: Image.Image | np.ndarray | Tensor, width: int | None = None) 
     return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _array(points: Tensor | np.ndarray) -> np.ndarray:
+def _numbers_of(points: Tensor | np.ndarray) -> np.ndarray:
     return np.asarray(points.detach().cpu() if isinstance(points, Tensor) else points, dtype=float)
 
 
@@ -3458,10 +3471,10 @@ def draw_skeleton(image: Image.Image | np.ndarray | Tensor, uv: Tensor | np.ndar
     """
     before = picture(image)
     after = picture(before, width)
-    xy = (_array(uv) + 0.5) * (FINE * after.width / before.width) - 0.5
+    xy = (_numbers_of(uv) + 0.5) * (FINE * after.width / before.width) - 0.5
     xy = xy.clip(-FINE * after.width, 2 * FINE * after.width)     # Pillow cannot draw to infinity
-    good = np.isfinite(xy).all(1) & (True if ok is None else _array(ok) > 0)
-    seen = np.ones(N_JOINTS, bool) if visible is None else _array(visible) > 0
+    good = np.isfinite(xy).all(1) & (True if ok is None else _numbers_of(ok) > 0)
+    seen = np.ones(N_JOINTS, bool) if visible is None else _numbers_of(visible) > 0
     big = after.resize((FINE * after.width, FINE * after.height), Image.Resampling.NEAREST)
     line = FINE * max(1.5, min(after.size) / 75)
     _fine_skeleton(ImageDraw.Draw(big), xy, good, seen, line, colour, [4, 3, 2, 1, 0])
@@ -3475,7 +3488,7 @@ def draw_side(joints: Tensor | np.ndarray, size: int = 256, true: Tensor | np.nd
     The viewer walks `turn` degrees to the right around the hand's middle; parallel projection.
     `true` (21, 3) is drawn under it in grey, wrist on wrist. `reach`: m from middle to edge (fits).
     """
-    sets = [_array(joints)] if true is None else [_array(true), _array(joints)]
+    sets = [_numbers_of(joints)] if true is None else [_numbers_of(true), _numbers_of(joints)]
     sets = [points - points[0] for points in sets]
     middle = (np.nanmin(sets[0], 0) + np.nanmax(sets[0], 0)) / 2
     c, s = math.cos(math.radians(turn)), math.sin(math.radians(turn))
@@ -3590,7 +3603,7 @@ def _ticks(low: float, high: float, n: int = 5) -> np.ndarray:
 def curve(path: str | Path, series: dict[str, tuple], title: str = "", xlabel: str = "",
           ylabel: str = "", size: tuple[int, int] = (720, 400)) -> Image.Image:
     """Write lines {name: (xs, ys)} as a PNG with axes and a legend; a line breaks at NaN."""
-    lines = {name: (_array(x), _array(y)) for name, (x, y) in series.items()}
+    lines = {name: (_numbers_of(x), _numbers_of(y)) for name, (x, y) in series.items()}
     points = np.concatenate([np.stack(line, 1) for line in lines.values()] or [np.zeros((0, 2))])
     points = points[np.isfinite(points).all(1)]
     points = points if len(points) else np.array([[0.0, 0.0], [1.0, 1.0]])

@@ -27,15 +27,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-import ti_net
+# common before torch: it settles how threads wait
 from common import (
     DATASET_TIPS, Flags, Mano, UserError, auc, axis_angle_to_matrix, batches, data_name, draw_mesh,
     draw_predictions, draw_skeleton, gather, guarded, label, load_checkpoint, mean_pose_scores, mpjpe,
     open_data, pa_mpjpe, place, predictions, say, score, sheet, start, summarise, table, user_hand,
     view_intrinsics, write_results)
+import ti_net
+
+import torch
+from torch import Tensor, nn
 
 METHODS = {"ti_net": ti_net}                         # a checkpoint may name these and nothing else
 PROTOCOLS = {"dexycb": ("ours", "dexycb", "ti_net"), "interhand": ("ours", "interhand", "ti_net")}

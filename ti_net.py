@@ -57,9 +57,7 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
-import torch
-from torch import Tensor, nn
-
+# common before torch: it settles how threads wait
 from common import (
     BACKBONES, DATASET_TIPS, Flags, Mano, Run, UserError, accumulate, arg, autocast, average_buffers,
     axis_angle_to_matrix, batches, build_backbone, cpu_state, crop, curve, data_name, decay_groups,
@@ -68,6 +66,9 @@ from common import (
     probe_error, rank, remember, rotation, save_checkpoint, say, settle, share, sheet, start,
     steps_per_epoch, summarise, table, training_steps, transform, translation, uniform, user_hand,
     warp, write_results)
+
+import torch
+from torch import Tensor, nn
 
 # ---- Config ---------------------------------------------------------------------------------------
 
@@ -101,7 +102,7 @@ QUICK = {"pretrain": dict(data=("synthetic:calm",), backbone="resnet10", image_s
                           samples=2240, decoder_width=64, probe_every=0, warmup_epochs=0.1,
                           workers=0),
          "finetune": dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, epochs=4, batch_size=64, micro_batch=64,
-                          samples=4096, workers=0)}
+                          lr=4e-3, warmup_epochs=0.2, samples=4096, workers=0)}
 
 
 @dataclasses.dataclass
@@ -532,11 +533,11 @@ def train(cfg: Config, folder: Path, model: nn.Module, data: Any, device: torch.
 
 def pretrain(cfg: Config, out: Path, device: torch.device) -> None:
     """Sec. 3.2 on pictures without labels; writes OUT/backbone.pt."""
-    data = open_data(cfg, cfg.data, "train", stored_side(cfg), MARGIN, device)
     torch.manual_seed(cfg.seed)
     model, folder = TINet(cfg), out / "pretrain-ti_net"
     if cfg.init != "random":
         say(load_backbone(model.backbone, cfg.init))
+    data = open_data(cfg, cfg.data, "train", stored_side(cfg), MARGIN, device)
     plan, size = model.plan, sum(p.numel() for p in model.backbone.parameters()) / 1e6
     say(f"pre-training on {len(data):,} pictures: {len(plan.pictures)} encoder passes a sample, "
         f"{len(plan.ordinary)} ordinary and {len(plan.secondary)} secondary constraints, encoder "
@@ -561,14 +562,14 @@ def pretrain(cfg: Config, out: Path, device: torch.device) -> None:
 def finetune(cfg: Config, out: Path, row: str, device: torch.device) -> None:
     """Sec. 4.1: the whole network on labels, `best` by the validation split; writes the stage's best.pt."""
     side, folder, target = stored_side(cfg), out / f"finetune-{row}", (cfg.finetune,)
-    data = open_data(cfg, target, "train", side, MARGIN, device, labelled=True)
-    val = open_data(cfg, target, "val", side, MARGIN, device)
     torch.manual_seed(cfg.seed)
-    model, mean = HandNet(cfg), mean_hand(data)
-    with torch.no_grad():
-        model.head[-1].bias.copy_(mean["pose"])
+    model = HandNet(cfg)
     if cfg.init != "random":
         say(load_backbone(model.backbone, cfg.init))
+    data = open_data(cfg, target, "train", side, MARGIN, device, labelled=True)
+    val, mean = open_data(cfg, target, "val", side, MARGIN, device), mean_hand(data)
+    with torch.no_grad():
+        model.head[-1].bias.copy_(mean["pose"])
     say(f"fine-tuning {row} on {mean['labels']:,} labelled hands, validated on {len(val):,}")
 
     def keep(epoch: int) -> None:

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # two cores: waiting threads must not spin
+
 import numpy as np
 import pytest
 import torch

@@ -88,7 +88,10 @@ def test_bad_input_gives_one_sentence_and_leaves_no_folder(tmp_path, monkeypatch
     (tmp_path / "full" / "x").write_text("x")
     base = [] if {"--data", "--finetune"} & set(words) else ["--data", "synthetic:calm"]
     small = ["--device", "cpu"] if "--device" not in words else []
-    code = common.guarded(lambda: ti_net.main([*base, *small, *words]))
+    try:
+        code = common.guarded(lambda: ti_net.main([*base, *small, *words]))
+    except SystemExit as stop:                                            # argparse's own
+        code = stop.code
     error = capsys.readouterr().err
     assert code == 2 and said in error and "Traceback" not in error
     assert not list(tmp_path.glob("runs/*")) and not (tmp_path / "file" / "log.jsonl").exists()
