@@ -99,10 +99,10 @@ VARIANTS = {
 }
 
 QUICK = {"pretrain": dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, epochs=1, batch_size=64, micro_batch=64,
-                          samples=2240, decoder_width=64, probe_every=0, warmup_epochs=0.1,
+                          samples=2240, decoder_width=32, probe_every=0, warmup_epochs=0.1,
                           workers=0),
-         "finetune": dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, epochs=4, batch_size=64, micro_batch=64,
-                          lr=4e-3, warmup_epochs=0.2, samples=4096, workers=0)}
+         "finetune": dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, epochs=6,
+                          batch_size=64, micro_batch=64, samples=2240, workers=0)}
 
 
 @dataclasses.dataclass
@@ -554,8 +554,8 @@ def pretrain(cfg: Config, out: Path, device: torch.device) -> None:
 
     train(cfg, folder, model, data, device, pretrain_step, (0.9, 0.95), 5.0, after_epoch)
     if rank() == 0:
-        draw_reconstructions(folder, model, data, cfg, device)
         save_checkpoint(out / "backbone.pt", cpu_state(model.backbone))
+        draw_reconstructions(folder, model, data, cfg, device)
     say(f"wrote {out / 'backbone.pt'}")
 
 
@@ -604,10 +604,10 @@ def draw_views(folder: Path, data: Any, cfg: Config, device: torch.device, plan:
 
 @torch.no_grad()
 def draw_reconstructions(folder: Path, model: TINet, data: Any, cfg: Config, device: torch.device) -> None:
-    """reconstructions.png: for six samples the source, and what the decoder makes of its map."""
+    """reconstructions.png: six sources and what the decoder makes of their maps, BatchNorm as trained."""
     if model.decoder is None:
         return
-    model.eval()
+    model.train()
     batch = next(batches(data, [torch.arange(min(6, len(data)))], device, 0))
     views, angles, _ = make_views(batch, cfg, 0, model.plan)
     out = model(views, angles)
