@@ -129,7 +129,8 @@ def test_position_embedding_is_resized(tmp_path):
     load_backbone(large, tmp_path / "w.pt")
     grid = large.pos_embed[0, 1:, 0].view(8, 8)
     assert (large.pos_embed[0, 0] == 7).all()
-    assert torch.allclose(grid[3, 2:6], torch.tensor([0.75, 1.25, 1.75, 2.25]), atol=0.05)
+    # x = 1.25 between samples 0 1 2 3: cubic weights (a = -0.75) -.10546875 .87890625 .26171875 -.03515625
+    assert torch.allclose(grid[3, 3:5], torch.tensor([1.296875, 1.703125]), atol=1e-5)
     assert torch.allclose(grid[0], grid[7], atol=1e-5)
 
 

@@ -247,8 +247,7 @@ def test_pretrain_then_finetune_then_eval(command, tmp_path):
         p.name for p in (tmp_path / "pre" / "pretrain-ti_net").iterdir()}
     tune = ["--finetune", "synthetic:calm", "--init", "pre/backbone.pt", *SMALL[2:], "--epochs", "1",
             "--label-fraction", "0.5"]
-    done = command("ti_net.py", *[x for x in tune if x not in ("--decoder-width", "--probe-every")
-                                  or True], "--out", "tuned")
+    done = command("ti_net.py", *tune, "--out", "tuned")
     assert "24 labels used" in done.stdout and "scratch: not run" in done.stdout
     results = json.loads((tmp_path / "tuned" / "metrics.json").read_text())["results"]
     assert set(results[0]["rows"]) == {"mean_pose", "ti_net"} and results[0]["n"] == 2000
@@ -298,7 +297,9 @@ def test_gradients_agree_on_one_two_and_three_processes(tmp_path):
                               capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-3000:]
         found[count] = torch.load(out, weights_only=True)
+    # a bias before BatchNorm has no gradient but rounding: 1e-10 of a millionth of the largest, at least
+    largest = max(float(gradient.abs().max()) for gradient in found[1].values())
     for count in (2, 3):
         for name, gradient in found[1].items():
-            error = (gradient - found[count][name]).abs().max() / gradient.abs().max().clamp(min=1e-12)
-            assert error < 1e-10, (count, name, float(error))
+            scale = max(float(gradient.abs().max()), 1e-6 * largest)
+            assert float((gradient - found[count][name]).abs().max()) < 1e-10 * scale, (count, name)

@@ -171,8 +171,9 @@ def test_losses_match_golden(golden, variant):
     model = TINet.__new__(TINet)
     torch.nn.Module.__init__(model)
     model.plan, model.operators = plan, golden_operators(g)
-    ordinary, secondary, identity = model.move(v[:, 0], angles)
-    each = [float(distance(v[:, p], secondary[:, k]).detach()) for k, (*_, p) in enumerate(plan.secondary)]
+    with torch.no_grad():
+        ordinary, secondary, identity = model.move(v[:, 0], angles)
+    each = [float(distance(v[:, p], secondary[:, k])) for k, (*_, p) in enumerate(plan.secondary)]
     assert torch.allclose(torch.tensor(each, dtype=EXACT), torch.tensor(g["tinet_sec"]).flatten(), atol=1e-13)
     L_ord, L_sec = ordinary_loss(v, ordinary, plan), secondary_loss(v, secondary, plan)
     L_id = distance(identity, v[:, 0])
