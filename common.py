@@ -50,9 +50,9 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Two OpenMP threads that spin while another program holds a core run six times slower than two
-# that sleep; it must be said before torch is loaded, so scripts import this file first.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads that spin for long while another program holds a core run six times slower than threads
+# that soon sleep. This must be said before torch is loaded, so scripts import this file first.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -555,7 +555,7 @@ def _skin(A: Tensor, x: Tensor, W: Tensor) -> Tensor:
 
 
 class _ChunkedSkin(torch.autograd.Function):
-    """`_skin` for large batches: with 1,024 hands the layer is 3x faster on a CPU, trained 2x.
+    """`_skin` for large batches on a CPU; see tests/bench.py.
 
     Skinning is bound by the memory traffic of T, 37 kB a hand: T is made for some hands at a time,
     so it stays in the cache, and made again in backward instead of being kept.

@@ -99,8 +99,8 @@ VARIANTS = {
 }
 
 QUICK = {"pretrain": dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, epochs=1, batch_size=64, micro_batch=64,
-                          samples=2240, decoder_width=32, probe_every=0, warmup_epochs=0.1,
-                          workers=0),
+                          samples=2240, decoder_width=32, probe_every=0,
+                          warmup_epochs=0.1, workers=0),
          "finetune": dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, epochs=6,
                           batch_size=64, micro_batch=64, samples=2240, workers=0)}
 
@@ -594,7 +594,7 @@ def finetune(cfg: Config, out: Path, row: str, device: torch.device) -> None:
 @torch.no_grad()
 def draw_views(folder: Path, data: Any, cfg: Config, device: torch.device, plan: Plan) -> None:
     """views.png: every picture of four samples, with key points moved along where they are known."""
-    batch = next(batches(data, [torch.arange(min(4, len(data)))], device, 0))
+    batch = next(batches(data, [torch.linspace(0, len(data) - 1, 4).long()], device, 0))
     views, _, A = make_views(batch, cfg, 0, plan)
     uv = transform(A, batch["uv"][:, None])
     rows = [[draw_skeleton(denormalise(view), points) for view, points in zip(row, moved)]
@@ -608,7 +608,7 @@ def draw_reconstructions(folder: Path, model: TINet, data: Any, cfg: Config, dev
     if model.decoder is None:
         return
     model.train()
-    batch = next(batches(data, [torch.arange(min(6, len(data)))], device, 0))
+    batch = next(batches(data, [torch.linspace(0, len(data) - 1, 6).long()], device, 0))
     views, angles, _ = make_views(batch, cfg, 0, model.plan)
     out = model(views, angles)
     rows = [[denormalise(x[0]) for x in side] for side in (views[:, model.decoded], out.pictures)]

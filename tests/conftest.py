@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # two cores: waiting threads must not spin
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")         # as common.py, before torch is loaded
 
 import numpy as np
 import pytest
