@@ -151,6 +151,33 @@ def test_a_log_is_cut_back_to_its_checkpoint(tmp_path):
     assert lines == [{"step": 1, "loss": 0.123457}, {"step": 2, "loss": 0.25}]
 
 
+def test_a_resumed_run_goes_on_from_its_checkpoint_and_cuts_its_log(tmp_path):
+    def begin():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(2, 2)
+        return common.Run(tmp_path, "ti_net", ti_net.Config(), model,
+                          torch.optim.AdamW(model.parameters()), total=20), model
+
+    run, model = begin()
+    for step in range(3):
+        run.advance({"loss": torch.tensor(1.0)}, 0, 0.1, may_save=False)
+        if step == 1:
+            run.memo["curve"] = [4.0]
+            torch.nn.init.ones_(model.weight)
+            run.save()
+    again, model = begin()
+    assert again.step == 2 and again.memo == {"curve": [4.0]} and (model.weight == 1).all()
+    steps = [json.loads(line).get("step") for line in (tmp_path / "log.jsonl").open()]
+    assert steps == [None, 1, 2]
+
+
+def test_a_lost_loss_stops_the_run_in_a_sentence(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    run = common.Run(tmp_path, "ti_net", ti_net.Config(), model, torch.optim.AdamW(model.parameters()), 20)
+    with pytest.raises(UserError, match="the loss is nan at step 1; a lower --lr may help"):
+        run.advance({"loss": torch.tensor(float("nan"))}, 0, 0.1, may_save=False)
+
+
 def test_results_hold_one_entry_a_run_and_protocol(tmp_path):
     entry = {"run": "a", "protocol": "ours", "rows": {"x": {"mpjpe_mm": 1.0}}}
     write_results(tmp_path / "m.json", "d", entry)
@@ -217,7 +244,7 @@ def test_killed_at_random_moments_and_resumed_a_run_ends_the_same(tmp_path):
     """SIGKILL, three times, at moments drawn afresh in each test run; then bit-equal weights and log."""
     env = os.environ | {"OMP_NUM_THREADS": "2"}
     start = lambda name, *more: subprocess.Popen(
-        [sys.executable, str(ROOT / "ti_net.py"), *SMALL, "--save-minutes", "0.005", "--out", name, *more],
+        [sys.executable, str(ROOT / "ti_net.py"), *SMALL, "--save-minutes", "0.01", "--out", name, *more],
         cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     began = time.monotonic()
     straight = start("straight")

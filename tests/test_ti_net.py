@@ -109,6 +109,12 @@ def test_no_view_has_black_corners():
     assert white(dataclasses.replace(cfg, variant=("black-corners",))) < -1.5
 
 
+def test_angles_fill_the_circle_in_radians():
+    angles = ti_net.draw_angles(torch.arange(4000), Config(), 0)
+    assert angles.shape == (4000, 4) and 0 <= angles.min() and angles.max() < 2 * math.pi
+    assert torch.allclose(angles.mean(0), torch.full((4,), math.pi), atol=0.12)
+
+
 def test_views_turn_as_the_angles_say():
     """A picture with a bright dot right of the centre: R_a moves it counter-clockwise by a."""
     cfg = Config(**TINY)
@@ -378,7 +384,10 @@ def test_samples_without_a_label_do_not_count():
     terms = finetune_step(Perfect(theta, torch.zeros(3, 10)), batch, cfg, 0)
     terms["loss"].backward()
     alone = rotation_loss(torch.zeros(1, 48), batch["pose"][:1])
-    assert torch.allclose(terms["L_theta"], alone.mean()) and float(terms["L_joints"]) > 0
+    assert torch.allclose(terms["L_theta"], alone.mean())
+    flat = Mano(builtin_hand()).joints(torch.eye(3).expand(1, 16, 3, 3), torch.zeros(1, 10))[0]
+    off = (flat - flat[0]) - (batch["joints"][1] - batch["joints"][1, 0])  # only sample 1 lacks a pose
+    assert float(terms["L_joints"].detach()) == pytest.approx(10 * float(off.abs().sum()), rel=1e-4)
     assert theta.grad.isfinite().all() and theta.grad[1].abs().sum() > 0
     assert theta.grad[2].abs().sum() == 0
 

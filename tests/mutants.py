@@ -1,0 +1,102 @@
+"""Break one line at a time and see a named test turn red: python tests/mutants.py [NUMBER ...]
+
+Each entry: file, line as it stands, line as broken, the test file and the part of the test's name that
+must fail. Runs on a copy of the tree; the tests of an entry must pass unbroken and fail broken.
+"""
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+MUTANTS = [
+    # signs
+    ("common.py", "return _matrix([[c, s, x - c * x - s * y], [-s, c,", "return _matrix([[c, -s, x - c * x - s * y], [s, c,",
+     "test_transforms.py", "quarter_turn"),
+    ("common.py", "return torch.stack([c * x + s * y, c * y - s * x, z], -1)", "return torch.stack([c * x - s * y, c * y + s * x, z], -1)",
+     "test_transforms.py", "quarter_turn"),
+    ("common.py", "return torch.stack([c + bx * x, xy - az, xz + ay,", "return torch.stack([c + bx * x, xy + az, xz + ay,", "test_mano.py", "numpy_model or torch_model or fronts"),
+    ("ti_net.py", "sign = -1 if then.flip else 1", "sign = 1", "test_ti_net.py", "table_1"),
+    ("ti_net.py", "return v + self.M(self.N(v if e is None", "return v - self.M(self.N(v if e is None", "test_ti_net.py", "operators_match"),
+    # orders
+    ("ti_net.py", "number(compose(e1, e2)))", "number(compose(e2, e1)))", "test_ti_net.py", "losses_match"),
+    ("ti_net.py", "secondary = torch.stack([T(n2, firsts[n1, k1], k2)", "secondary = torch.stack([T(n1, firsts[n1, k1], k2)",
+     "test_ti_net.py", "losses_match"),
+    ("ti_net.py", "return cut @ turn @ flip(flips, square)", "return cut @ flip(flips, square).to(turn) @ turn", "test_ti_net.py", "one_step_after"),
+    ("common.py", "MANO_TO_OURS = (0, 13, 14, 15, 16, 1, 2, 3, 17, 4, 5, 6, 18, 10, 11, 12, 19, 7, 8, 9, 20)",
+     "MANO_TO_OURS = (0, 13, 14, 15, 16, 1, 2, 3, 17, 4, 5, 6, 18, 7, 8, 9, 19, 10, 11, 12, 20)", "test_mano.py", "21_joints"),
+    ("common.py", "INTERHAND_TO_OURS = (20, 3, 2, 1, 0,", "INTERHAND_TO_OURS = (20, 0, 1, 2, 3,", "test_data.py", "interhand"),
+    # units and half pixels
+    ("common.py", "return (width - 1) / 2, (height - 1) / 2", "return width / 2, height / 2", "test_transforms.py", "rearrangements or quarter_turn"),
+    ("common.py", "shift = (size - 1) / 2 - s[..., None] * middle", "shift = size / 2 - s[..., None] * middle", "test_transforms.py", "resizing"),
+    ("common.py", "return _matrix([[1 - 2 * on, zero, on * (width - 1)]", "return _matrix([[1 - 2 * on, zero, on * width]", "test_transforms.py", "name_says"),
+    ("common.py", "+ back[..., k, 2, None, None]) + 1) / side - 1", "+ back[..., k, 2, None, None])) / side - 1", "test_transforms.py", "dots or rearrangements"),
+    ("common.py", 'joints = np.einsum("nij,nkj->nki", column["R"], joints) / 1000', 'joints = np.einsum("nij,nkj->nki", column["R"], joints) / 100',
+     "test_data.py", "interhand"),
+    ("ti_net.py", "return 2 * math.pi * uniform(index, 4, cfg.seed", "return 360 * uniform(index, 4, cfg.seed", "test_ti_net.py", "fill_the_circle"),
+    ("ti_net.py", "xy = 10 * camera[:, None, :1].exp()", "xy = 10 * camera[:, None, :1]", "test_ti_net.py", "back_in_the_picture"),
+    # detached, masked, counted
+    ("ti_net.py", "self.extra(torch.cat([f, theta], 1).detach())", "self.extra(torch.cat([f, theta], 1))", "test_ti_net.py", "does_not_reach"),
+    ("ti_net.py", 'has["joints"] & ~has["pose"])', 'has["joints"])', "test_ti_net.py", "without_a_label"),
+    ("ti_net.py", "self.decoded = list(range(1, 1 + len(last))) or", "self.decoded = list(range(1)) or", "test_ti_net.py", "mean_over_all"),
+    ("ti_net.py", "    if element not in pictures:\n            pictures.append(element)", "    pictures.append(element)", "test_ti_net.py", "number_of_pictures"),
+    ("ti_net.py", "square = S if corners else math.ceil(S * math.sqrt(2))", "square = S", "test_ti_net.py", "black_corners"),
+    ("ti_net.py", "nn.init.zeros_(self.M.weight)", "pass", "test_ti_net.py", "start_at_the_identity"),
+    ("ti_net.py", "return difference.square().mean()", "return difference.square().sum()", "test_ti_net.py", "mean_square"),
+    # scores
+    ("common.py", "    if not reflect:\n        sign[:, -1]", "    if reflect:\n        sign[:, -1]", "test_metrics.py", ""),
+    ("eval.py", "pa_mpjpe(joints, true, reflect=True)", "pa_mpjpe(joints, true)", "test_eval.py", "reflections"),
+    ("eval.py", "joints = torch.cat([error[rows & ~left].nanmean(0), error[rows & left].nanmean(0)])", "joints = error[rows].nanmean(0)",
+     "test_eval.py", "joints_first"),
+    # runs
+    ("common.py", "micro = order.view(steps, -1, cfg.micro_batch)[first:,", "micro = order.view(steps, -1, cfg.micro_batch)[:steps - first,", "test_run.py", "goes_on_where"),
+    ("common.py", 'self.log = Log(folder, state["log_bytes"] if state else 0)', "self.log = Log(folder, 10 ** 9)", "test_run.py", "cuts_its_log"),
+    ("common.py", "    partial.replace(path)\n\n\ndef load_checkpoint", "    pass\n\n\ndef load_checkpoint", "test_run.py", "replaced_whole"),
+    ("common.py", "return torch.load(path, map_location=\"cpu\", weights_only=True)", "return torch.load(path, map_location=\"cpu\", weights_only=False)",
+     "test_backbones.py", "hostile"),
+    ("common.py", "kind = _PICKLE_NAMES.get(f\"{module}.{name}\")", "kind = _PICKLE_NAMES.get(f\"{module}.{name}\", \"set\")", "test_mano.py", "payloads"),
+]
+
+
+def run(tree: Path, tests: str, words: str) -> bool:
+    """Whether the chosen tests pass in a tree."""
+    chosen = ["-k", words] if words else []
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{tests}",
+                           *chosen], cwd=tree, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+    if done.returncode not in (0, 1, 2):
+        raise SystemExit(f"{tests} -k {words!r}: pytest could not run it\n{done.stdout[-1500:]}")
+    return done.returncode == 0
+
+
+def main() -> int:
+    numbers = [int(x) for x in sys.argv[1:]] or range(len(MUTANTS))
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "runs", "cache", "data", "__pycache__"))
+        passed: set[tuple[str, str]] = set()
+        for number in numbers:
+            name, old, new, tests, words = MUTANTS[number]
+            text = (ROOT / name).read_text()
+            if text.count(old) != 1:
+                raise SystemExit(f"{number}: {name} holds {old!r} {text.count(old)} times, not once")
+            if (tests, words) not in passed and not run(tree, tests, words):
+                raise SystemExit(f"{number}: {tests} -k {words!r} fails before anything is broken")
+            passed.add((tests, words))
+            (tree / name).write_text(text.replace(old, new))
+            killed = not run(tree, tests, words)
+            (tree / name).write_text(text)
+            survivors += not killed
+            print(f"{number:2d} {'killed by' if killed else 'SURVIVES '} {tests} -k '{words}': {new.splitlines()[0][:70]}", flush=True)
+    print(f"{len(numbers) - survivors} of {len(numbers)} killed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

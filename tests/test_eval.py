@@ -1,0 +1,152 @@
+"""eval.py: what it loads and refuses, its named protocols, its pictures."""
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+import eval as judge
+import ti_net
+from common import (Mano, UserError, axis_angle_to_matrix, builtin_hand, guarded, save_checkpoint)
+
+SMALL = dict(backbone="resnet10", image_size=32)
+
+
+def checkpoint(path, **changes):
+    torch.manual_seed(0)
+    cfg = ti_net.Config(**SMALL, finetune="synthetic:calm")
+    mean = {"pose": torch.zeros(48), "shape": torch.zeros(10), "joints": torch.zeros(21, 3),
+            "uv": torch.full((21, 2), 0.5), "labels": 7}
+    from dataclasses import asdict
+    content = {"method": "ti_net", "cfg": asdict(cfg), "row": "ti_net", "epoch": 1, "mean": mean,
+               "model": ti_net.build(cfg).state_dict()}
+    save_checkpoint(path, content | changes)
+    return path
+
+
+def test_load_gives_a_model_that_predicts_on_an_array(tmp_path):
+    model, cfg = judge.load(checkpoint(tmp_path / "finetune.pt"))
+    assert cfg.backbone == "resnet10" and model.USES == {"image"}
+    image = torch.randint(0, 255, (1, 3, 60, 60), dtype=torch.uint8)
+    with torch.no_grad():
+        assert model.eval().predict({"image": image})["joints"].shape == (1, 21, 3)
+    assert judge.load(tmp_path)[1].image_size == 32                       # a run folder
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"method": "os"}, "names the method 'os'; known are ti_net"),
+    ({"model": {}}, "does not fit this version's ti_net"),
+    ({"cfg": {"backbone": "nonsense"}}, "does not fit this version's ti_net"),
+    ({"mean": None}, None)])
+def test_foreign_checkpoints_are_refused_in_a_sentence(tmp_path, changes, said):
+    path = checkpoint(tmp_path / "a.pt", **changes)
+    if said is None:
+        judge.load(path)                                                  # only its mean is needed later
+        return
+    with pytest.raises(UserError, match=said):
+        judge.load(path)
+
+
+def test_a_backbone_file_is_not_a_run(tmp_path):
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "backbone.pt")
+    with pytest.raises(UserError, match="holds no fine-tuned model"):
+        judge.load(tmp_path / "backbone.pt")
+
+
+def truth(n=40):
+    torch.manual_seed(2)
+    pose, shape = 0.3 * torch.randn(n, 48), torch.randn(n, 10)
+    R = axis_angle_to_matrix(pose.unflatten(-1, (16, 3)))
+    joints = Mano(builtin_hand()).joints(R, shape) + torch.randn(n, 1, 3)
+    return {"joints": joints.clone(), "true": joints, "ok": torch.ones(n, 21, dtype=torch.bool), "R": R,
+            "R_true": R, "shape_true": shape}
+
+
+def test_the_truth_scores_zero_under_every_protocol():
+    found, hand = truth(), Mano(builtin_hand())
+    dexycb = judge.dexycb_scores(found)
+    assert dexycb["mpjpe_mm"] == 0 and dexycb["pa_mpjpe_mm_reflect"] < 1e-3
+    assert dexycb["auc"] == 1 and dexycb["abs_mpjpe_mm"] == 0
+    left = torch.arange(40) % 2 == 0
+    assert set(judge.interhand_scores(found, left, left).values()) == {0.0}
+    assert judge.ti_net_scores(found, hand) == {"mpjpe_mm": 0.0, "n": 40, "pa_mpjpe_mm": pytest.approx(0, abs=1e-3)}
+
+
+def test_dexycb_s_kit_lets_reflections_pass_and_skips_unlabelled_frames():
+    found = truth()
+    found["joints"] = found["true"] * torch.tensor([-1.0, 1, 1])
+    found["true"][3], found["ok"][3] = -1.0, False
+    scores = judge.dexycb_scores(found)
+    assert scores["pa_mpjpe_mm_reflect"] < 1e-3 < 10 < scores["mpjpe_mm"]
+
+
+def test_dexycb_s_area_is_the_trapezoid_over_a_hundred_thresholds():
+    """All joints but the wrist 20 mm off along x: errors 0 once and 20 twenty times."""
+    found = truth(4)
+    found["joints"][:, 1:, 0] += 0.02
+    scores = judge.dexycb_scores(found)
+    assert scores["mpjpe_mm"] == pytest.approx(20 * 20 / 21, abs=1e-3)
+    share = [1 / 21 if 50 * k / 99 < 20 else 1.0 for k in range(100)]
+    area = sum((a + b) / 2 for a, b in zip(share, share[1:])) / 99
+    assert scores["auc"] == pytest.approx(area, abs=1e-6)
+
+
+def test_interhand_s_mean_is_over_joints_first():
+    """Right hands: joint 5 of one hand 42 mm off. Left hands: all joints of one of two 10 mm off."""
+    found = truth(5)
+    found["joints"] = found["true"].clone()
+    left = torch.tensor([False, False, False, True, True])
+    found["joints"][0, 5, 0] += 0.042
+    found["joints"][3, 1:, 1] += 0.010
+    found["ok"][1, 5] = False                                             # 5 counts in two right hands
+    scores = judge.interhand_scores(found, left, torch.tensor([True, False, False, True, True]))
+    expected = (42 / 2 + 20 * 10 / 2) / 42
+    assert scores["mpjpe_mm"] == pytest.approx(expected, abs=1e-3)
+    assert scores["mpjpe_mm_interacting"] == pytest.approx((42 + 20 * 10 / 2) / 42, abs=1e-3)
+    assert scores["mpjpe_mm_single"] == pytest.approx(0, abs=1e-3)
+
+
+def test_ti_net_s_protocol_gives_the_prediction_the_true_betas():
+    """Only the pose counts: another wrist rotation costs, other joints or shapes do not."""
+    found, hand = truth(), Mano(builtin_hand())
+    found["joints"] = found["joints"] * 3
+    assert judge.ti_net_scores(found, hand)["mpjpe_mm"] == 0
+    turn = axis_angle_to_matrix(torch.tensor([0.0, 0, 0.1]))
+    found["R"] = found["R"].clone()
+    found["R"][:, 0] = turn @ found["R"][:, 0]
+    scores = judge.ti_net_scores(found, hand)
+    reach = hand.joints(found["R_true"], found["shape_true"])
+    reach = (reach - reach[:, :1])[..., :2].norm(dim=-1).mean()           # what a turn about z moves
+    assert scores["mpjpe_mm"] == pytest.approx(1000 * float(reach) * 2 * math.sin(0.05), rel=1e-3)
+    assert scores["pa_mpjpe_mm"] < 1e-3
+
+
+@pytest.mark.parametrize("words, said", [
+    ([], "name a run folder"), (["absent"], "absent: no such file"), (["--inspect"], "--inspect needs --data"),
+    (["run", "--protocol", "nonsense"], "--protocol nonsense: synthetic is judged by ours"),
+    (["run", "--data", "dexycb=absent"], "there is no folder absent"),
+    (["run", "--mano", "absent.npz"], "absent.npz")])
+def test_bad_input_gives_one_sentence(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    checkpoint(tmp_path / "run" / "finetune.pt")
+    assert guarded(lambda: judge.main([*words, "--device", "cpu", "--workers", "0"])) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+
+
+def test_inspect_draws_and_counts_a_folder_of_labels(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    lines = []
+    for k in range(3):
+        Image.new("RGB", (80, 60), (40 * k, 90, 120)).save(tmp_path / "photos" / f"{k}.png")
+        lines.append(json.dumps({"path": f"{k}.png", "side": "left" if k else "right", "box": [10, 10, 40, 40],
+                                 "uv": [[20 + j, 20 + j] for j in range(21)]}))
+    (tmp_path / "photos" / "labels.jsonl").write_text("\n".join(lines))
+    judge.main(["--inspect", "--data", "folder=photos", "--split", "train", "--device", "cpu", "--out", "o"])
+    said = capsys.readouterr().out
+    assert "3 have uv" in said and "0 have pose" in said
+    assert (tmp_path / "o" / "inspect.png").stat().st_size > 1000
