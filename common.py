@@ -58,7 +58,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import default_collate as collate
 from tqdm import tqdm
@@ -2818,18 +2818,20 @@ def _both_hands(mano: str) -> dict[str, dict] | None:
 
 
 def open_data(cfg: Any, specs: tuple[str, ...], split: str, size: int, margin: float,
-              device: torch.device, labelled: bool = False, unlabelled: bool = False) -> Any:
+              device: torch.device, labelled: bool = False, unlabelled: bool = False,
+              live: bool = False) -> Any:
     """The data sets that --data or --finetune names, as one; prints what is in each and was left out.
 
     `size` and `margin` as in `Hands`. `labelled` keeps rows with a pose or joints, of these the
     share --label-fraction: the first of a seeded order, so smaller subsets lie inside larger ones.
-    `unlabelled` also keeps DexYCB's frames without a label (see `index_dexycb`).
+    `unlabelled` also keeps DexYCB's frames without a label (see `index_dexycb`); `live` renders
+    synthetic hands when they are asked for, also on a CPU.
     Raises UserError for names, folders and layouts that are not what they should be.
     """
     if cfg.root and len(specs) > 1:
         raise UserError("--root names the folder of one data set; write NAME=DIR for each of several")
-    found = [_open_one(cfg, spec, split, size, margin, device, labelled, unlabelled, len(specs) == 1)
-             for spec in specs]
+    live = live or device.type != "cpu" and len(specs) == 1
+    found = [_open_one(cfg, spec, split, size, margin, labelled, unlabelled, live) for spec in specs]
     data = found[0] if len(found) == 1 else Joined(found)
     if labelled and cfg.label_fraction < 1:
         keep = math.ceil(cfg.label_fraction * len(data))
@@ -2838,17 +2840,16 @@ def open_data(cfg: Any, specs: tuple[str, ...], split: str, size: int, margin: f
     return data
 
 
-def _open_one(cfg: Any, spec: str, split: str, size: int, margin: float, device: torch.device,
-              labelled: bool, unlabelled: bool, alone: bool) -> Any:
+def _open_one(cfg: Any, spec: str, split: str, size: int, margin: float, labelled: bool,
+              unlabelled: bool, live: bool) -> Any:
+    """One of the data sets of `open_data`."""
     name, part, folder = parse_data(spec)
     folder = folder or cfg.root
     if name == "synthetic":
         data = Synthetic(size, cfg.samples if split == "train" else None, cfg.seed, split,
                          hand=user_hand(cfg.mano)[0], backgrounds=cfg.backgrounds or None,
                          calm=part == "calm", domain="A" if part in ("", "calm") else part, margin=margin)
-        if device.type == "cpu" or not alone:
-            data = Cached(data, Path(cfg.cache))
-        return data
+        return data if live else Cached(data, Path(cfg.cache))
     every = name == "folder" and split == "train" and not labelled and not (
         Path(folder or "data/folder") / "labels.jsonl").is_file()
     index = read_index(name, part, folder, "all" if every else split, _both_hands(cfg.mano),
@@ -3546,13 +3547,18 @@ def label(image: Image.Image | np.ndarray | Tensor, text: str,
 
 
 def save_png(path: str | Path, image: Image.Image, limit: int = 300_000) -> None:
-    """Write a PNG; above `limit` bytes with 256 colours, dithered and then plain, then with 64."""
+    """Write a PNG; above `limit` bytes with 256 colours, dithered and then plain, then with 64.
+
+    The colours of the drawings are always among them, however little of the picture they cover.
+    """
     plain, dithered = Image.Dither.NONE, Image.Dither.FLOYDSTEINBERG
+    kept = [x for name in (*FINGER_COLOURS, EDGE, "white") for x in ImageColor.getrgb(name)]
     for colours, dither in ((0, plain), (256, dithered), (256, plain), (64, plain)):
         data, flat = io.BytesIO(), image
         if colours:
-            palette = image.quantize(colours, Image.Quantize.MEDIANCUT)
-            flat = image.quantize(palette=palette, dither=dither)
+            few = image.quantize(colours - len(kept) // 3, Image.Quantize.MEDIANCUT)
+            few.putpalette(few.getpalette()[:3 * colours - len(kept)] + kept)
+            flat = image.quantize(palette=few, dither=dither)
         flat.save(data, "PNG", optimize=True)
         if data.tell() <= limit:
             break
@@ -3746,11 +3752,13 @@ def _describe(field: dataclasses.Field, quick: dict[str, dict[str, Any]]) -> str
         said = f"paper {_shown(paper)}, {ref}" if paper is not SILENT else "paper: not stated"
         if field.name in Flags.__dataclass_fields__ and paper is SILENT:
             said = ""
-        text = ("; ".join(filter(None, (f"{stage}default {_shown(default)}", said, why))))
-        parts.append(text)
+        shown = f"{stage}default {_shown(default)}" if _shown(default) else stage
+        parts.append("; ".join(filter(None, (shown, said, why))))
     values = {_shown(q[field.name]) for q in quick.values() if field.name in q}
     parts += [f"quick {' / '.join(sorted(values))}"] if values else []
-    return f"{note['help']} ({'. '.join(parts)})".replace("%", "%%")
+    listed = f": {', '.join(note['choices'])}" if note["choices"] and field.name != "variant" else ""
+    about = ". ".join(filter(None, parts))
+    return (note["help"] + listed + (f" ({about})" if about else "")).replace("%", "%%")
 
 
 def parse(Config: type, argv: list[str] | None, about: str, quick: dict[str, dict[str, Any]],
@@ -3768,11 +3776,11 @@ def parse(Config: type, argv: list[str] | None, about: str, quick: dict[str, dic
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is tuple:
-            options |= dict(nargs="+", type=typing.get_args(kind)[0])
+            options |= dict(nargs="+", type=typing.get_args(kind)[0], metavar="NAME")
         else:
-            options |= dict(type=kind, metavar=kind.__name__.upper())
+            options |= dict(type=kind, metavar={int: "N", float: "X", str: "TEXT"}[kind])
         if option.metadata["choices"]:
-            options |= dict(choices=option.metadata["choices"], metavar=None)
+            options |= dict(choices=option.metadata["choices"], metavar="NAME")
         parser.add_argument("--" + option.name.replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}

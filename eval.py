@@ -222,7 +222,7 @@ def inspect(args: argparse.Namespace, flags: Flags, device: torch.device) -> Non
     """16 samples of a data set with their joints and, where there is a pose, the mesh; and counts."""
     if not args.data:
         raise UserError("--inspect needs --data NAME[:PART][=DIR]")
-    data = open_data(flags, (args.data,), args.split, 256, 1.5, device)
+    data = open_data(flags, (args.data,), args.split, 256, 1.5, device, live=True)
     if not len(data):
         raise UserError(f"{args.data} {args.split}: there is no sample to look at")
     index = torch.linspace(0, len(data) - 1, min(16, len(data))).long()
@@ -238,8 +238,6 @@ def inspect(args: argparse.Namespace, flags: Flags, device: torch.device) -> Non
         pictures.append(label(picture, f"{int(index[i])} {batch['side'][i]}"))
         if batch["has"]["pose"][i] and batch["has"]["uv"][i]:
             pictures.append(draw_mesh(batch["image"][i], posed[i], hand.faces, K[i]))
-        else:
-            pictures.append(None)
     out = Path(args.out or f"runs/inspect-{data_name(args.data)}")
     sheet(out / "inspect.png", [pictures[k:k + 8] for k in range(0, len(pictures), 8)])
     has = {key: int(value.sum()) for key, value in batch["has"].items()}
