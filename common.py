@@ -125,7 +125,8 @@ def crop(middle: Tensor, side: Tensor, size: int) -> Tensor:
 
 def transform(A: Tensor, points: Tensor) -> Tensor:
     """Move key points as `warp` moves the picture: (..., 3, 3), (..., N, 2) px -> (..., N, 2) px."""
-    return points @ A[..., :2, :2].mT + A[..., None, :2, 2]
+    # no matrix product: under autocast it would be bfloat16, pixels off
+    return (A[..., None, :2, :2] * points[..., None, :]).sum(-1) + A[..., None, :2, 2]
 
 
 def rotate_z(angle: Tensor, points: Tensor) -> Tensor:
@@ -1966,8 +1967,11 @@ class Cached:
         if source.backgrounds is not None:
             mark.update(source.backgrounds.numpy())
         self.path = Path(folder) / f"{source.name}-{mark.hexdigest()[:16]}.bin"
-        if not self.path.exists():
-            self._write(first.dtype.itemsize)
+        try:
+            if not self.path.exists():
+                self._write(first.dtype.itemsize)
+        except OSError as error:
+            raise UserError(f"--cache {folder}: cannot be written ({error.strerror})") from None
         self.file = np.memmap(self.path, first.dtype, "r", shape=(len(source),))
 
     def __len__(self) -> int:
@@ -2008,6 +2012,11 @@ class Cached:
         values = {key: torch.from_numpy(found[key].copy()) for key in found.dtype.names if key != "image"}
         return self.source.finish(values, index.tolist()) | {
             "side_px": torch.full((len(index),), float(self.source.size))}
+
+    def __getitem__(self, row: int) -> dict:
+        """One sample, for data sets joined with others; without the mask, which those lack."""
+        one = lambda x: {k: one(v) for k, v in x.items()} if isinstance(x, dict) else x[0]
+        return one({k: v for k, v in self.batch(torch.tensor([row])).items() if k != "mask"})
 
     def batch(self, index: Tensor, device: torch.device | str = "cpu") -> dict:
         """As `Synthetic.batch`, read back: the bits of its CPU rendering, whatever the device."""
@@ -2314,11 +2323,14 @@ def _cached(cache: str | Path | None, key: tuple, build: Callable[[], Index]) ->
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         index = build()                                            # not there, or not whole
     about = {name: value for name, value in vars(index).items() if name != "columns"}
-    file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}.part")
-    with open(part, "wb") as out:
-        np.savez(out, about=json.dumps(about), **index.columns)
-    os.replace(part, file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as out:
+            np.savez(out, about=json.dumps(about), **index.columns)
+        os.replace(part, file)
+    except OSError as error:
+        raise UserError(f"--cache {file.parent}: cannot be written ({error.strerror})") from None
     return index
 
 
@@ -2786,12 +2798,13 @@ class Joined(torch.utils.data.ConcatDataset):
     box_source = "each data set's own"
 
     def targets(self, index: Tensor) -> dict[str, Tensor]:
-        """As the data sets' own: labels without pictures, in the order of `index`."""
+        """As the data sets' own: the numbers without pictures, in the order of `index`."""
         starts = torch.tensor([0, *self.cumulative_sizes])
         part = torch.bucketize(index, starts[1:], right=True)
         order = part.argsort(stable=True)
-        found = [data.targets(index[part == k] - starts[k]) for k, data in enumerate(self.datasets)]
-        return {key: torch.cat([one[key] for one in found])[order.argsort()] for key in found[0]}
+        found = [self.datasets[k].targets(index[part == k] - starts[k]) for k in part.unique().tolist()]
+        keys = set.intersection(*({k for k, v in one.items() if isinstance(v, Tensor)} for one in found))
+        return {key: torch.cat([one[key] for one in found])[order.argsort()] for key in sorted(keys)}
 
 
 def data_name(spec: str) -> str:
@@ -2831,7 +2844,8 @@ def open_data(cfg: Any, specs: tuple[str, ...], split: str, size: int, margin: f
     if cfg.root and len(specs) > 1:
         raise UserError("--root names the folder of one data set; write NAME=DIR for each of several")
     live = live or device.type != "cpu" and len(specs) == 1
-    found = [_open_one(cfg, spec, split, size, margin, labelled, unlabelled, live) for spec in specs]
+    found = [_open_one(cfg, spec, split, size, margin, device if live else torch.device("cpu"), labelled,
+                       unlabelled, live) for spec in specs]
     data = found[0] if len(found) == 1 else Joined(found)
     if labelled and cfg.label_fraction < 1:
         keep = math.ceil(cfg.label_fraction * len(data))
@@ -2840,8 +2854,8 @@ def open_data(cfg: Any, specs: tuple[str, ...], split: str, size: int, margin: f
     return data
 
 
-def _open_one(cfg: Any, spec: str, split: str, size: int, margin: float, labelled: bool,
-              unlabelled: bool, live: bool) -> Any:
+def _open_one(cfg: Any, spec: str, split: str, size: int, margin: float, device: torch.device,
+              labelled: bool, unlabelled: bool, live: bool) -> Any:
     """One of the data sets of `open_data`."""
     name, part, folder = parse_data(spec)
     folder = folder or cfg.root
@@ -2849,6 +2863,7 @@ def _open_one(cfg: Any, spec: str, split: str, size: int, margin: float, labelle
         data = Synthetic(size, cfg.samples if split == "train" else None, cfg.seed, split,
                          hand=user_hand(cfg.mano)[0], backgrounds=cfg.backgrounds or None,
                          calm=part == "calm", domain="A" if part in ("", "calm") else part, margin=margin)
+        data._move(device)
         return data if live else Cached(data, Path(cfg.cache))
     every = name == "folder" and split == "train" and not labelled and not (
         Path(folder or "data/folder") / "labels.jsonl").is_file()
@@ -3277,13 +3292,15 @@ def summarise(scores: dict[str, Tensor]) -> tuple[dict[str, float], int, int]:
 def place(points: Tensor, uv: Tensor, K: Tensor) -> Tensor:
     """Where a hand must stand to be seen at uv: (B, N, 3) m, (B, N, 2) px, (B, 3, 3) -> (B, 3) m.
 
-    Least squares on f (X + t) = (uv - c) (Z + t_z), linear in t; for pictures of heads without a root.
+    Least squares on f (X + t) = (uv - c) (Z + t_z), linear in t; key points that are NaN do not count.
     """
     f, c = torch.stack([K[:, 0, 0], K[:, 1, 1]], -1), K[:, None, :2, 2]
     ray, zero = (uv - c) / f[:, None], torch.zeros_like(uv[..., 0])
     A = torch.cat([torch.stack([zero + 1, zero, -ray[..., 0]], -1),
                    torch.stack([zero, zero + 1, -ray[..., 1]], -1)], 1)              # (B, 2 N, 3)
     b = (ray * points[..., 2:] - points[..., :2]).mT.flatten(1)
+    known = uv.isfinite().all(-1).repeat(1, 2) & b.isfinite()
+    A, b = torch.where(known[..., None], A, 0), torch.where(known, b, 0)
     return torch.linalg.lstsq(A.double().cpu(), b.double().cpu()[..., None]).solution[..., 0].to(points)
 
 
@@ -3294,10 +3311,9 @@ def predictions(model: nn.Module, data: Any, cfg: Any, device: torch.device) -> 
     The model sees the batch keys in its USES and nothing else.
     """
     model.eval()
-    for batch in batches(data, list(torch.arange(rank(), len(data), world()).split(64)), device, cfg.workers):
-        with autocast(device):
-            pred = model.predict({key: batch[key] for key in model.USES})
-        yield batch, pred
+    mine = torch.arange(len(data))[rank()::world()]
+    for batch in batches(data, [rows for rows in mine.split(64) if len(rows)], device, cfg.workers):
+        yield batch, model.predict({key: batch[key] for key in model.USES})
 
 
 def gather(parts: list[dict[str, Tensor]], n: int) -> dict[str, Tensor]:
@@ -3307,8 +3323,9 @@ def gather(parts: list[dict[str, Tensor]], n: int) -> dict[str, Tensor]:
         return mine
     everyone: list[Any] = [None] * world()
     torch.distributed.all_gather_object(everyone, mine)
-    order = torch.cat([torch.arange(r, n, world()) for r in range(world())]).argsort()
-    return {k: torch.cat([part[k] for part in everyone if part])[order] for k in everyone[0]}
+    order = torch.cat([torch.arange(n)[r::world()] for r in range(world())]).argsort()
+    keys = next((part for part in everyone if part), {})
+    return {k: torch.cat([part[k] for part in everyone if part])[order] for k in keys}
 
 
 def evaluate(model: nn.Module, data: Any, cfg: Any, device: torch.device) -> dict[str, Tensor]:
@@ -3323,8 +3340,8 @@ def mean_hand(data: Any, most: int = 16384) -> dict[str, Any]:
     pose (48,) rad: of each joint the rotation nearest to the mean matrix; shape (10,); joints (21, 3) m,
     wrist-rooted; uv (21, 2) as a share of the picture's side; labels: hands with a pose or joints.
     """
-    index = torch.arange(min(len(data), most))
-    t = data.targets(index)
+    parts = [data.targets(index) for index in torch.arange(min(len(data), most)).split(512)]
+    t = {k: torch.cat([part[k] for part in parts]) for k in ("pose", "shape", "joints", "uv", "side_px")}
     mean = lambda x: x.double().nanmean(0).nan_to_num().float()
     R = axis_angle_to_matrix(t["pose"].double().unflatten(-1, (16, 3))).nanmean(0)
     U, _, Vh = torch.linalg.svd(R.nan_to_num() + 1e-9 * torch.eye(3, dtype=R.dtype))
@@ -3335,14 +3352,14 @@ def mean_hand(data: Any, most: int = 16384) -> dict[str, Any]:
             "labels": round(float(known.double().mean()) * len(data))}
 
 
-def mean_pose_scores(mean: dict[str, Any], data: Any, hand: dict[str, np.ndarray]) -> dict[str, Tensor]:
+def mean_pose_scores(mean: dict[str, Any], data: Any, hand: Mano) -> dict[str, Tensor]:
     """The `mean_pose` row: raw errors of the mean joints, aligned errors of the hand in the mean pose.
 
     The mean of joints under free rotation is a ball, which no alignment can judge; so the aligned scores
-    are those of `hand` (MANO arrays) in the mean pose and shape.
+    are those of `hand` (on the CPU, with the data set's tips) in the mean pose and shape.
     """
     R = axis_angle_to_matrix(mean["pose"].unflatten(-1, (16, 3)))[None]
-    verts, joints = Mano(hand)(R, mean["shape"][None])
+    verts, joints = hand(R, mean["shape"][None])
     parts = []
     for index in torch.arange(len(data)).split(512):
         t = data.targets(index)
@@ -3939,7 +3956,7 @@ def start(device: str) -> torch.device:
         torch.empty(1, device=chosen)
     except RuntimeError as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True           # not matmul's: it would blur the 3x3 matrices
     return chosen
 
 
@@ -4019,7 +4036,13 @@ def batches(data: Any, plan: list[Tensor], device: torch.device, workers: int) -
     loader = torch.utils.data.DataLoader(data, batch_sampler=[i.tolist() for i in plan],
                                          num_workers=min(workers, len(plan)), collate_fn=collate,
                                          pin_memory=device.type == "cuda")
-    for index, batch in zip(plan, loader):
+    stream = iter(loader)
+    for index in plan:
+        try:
+            batch = next(stream)
+        except UserError as error:                          # a worker's comes wrapped in its traceback
+            last = str(error).strip().splitlines()[-1]
+            raise UserError(last.removeprefix("common.UserError: ")) from None
         yield to_device(batch, device) | {"index": index.to(device)}
 
 
@@ -4042,7 +4065,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """Move the tensors of a (nested) batch; strings stay."""
     if isinstance(batch, dict):
         return {k: to_device(v, device) for k, v in batch.items()}
-    return batch.to(device, non_blocking=True) if isinstance(batch, Tensor) else batch
+    wait = torch.device(device).type == "cpu"                   # a copy to the CPU is read at once
+    return batch.to(device, non_blocking=not wait) if isinstance(batch, Tensor) else batch
 
 
 def say(text: str) -> None:
@@ -4056,14 +4080,32 @@ def cpu_state(model: nn.Module) -> dict[str, Tensor]:
     return {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
 
 
+def barrier() -> None:
+    """Wait for all processes."""
+    if world() > 1:
+        torch.distributed.barrier()
+
+
+def recall(given: dict[str, Any]) -> dict[str, Any]:
+    """On --resume the flags that OUT/flags.json keeps, those given now winning; else `given`."""
+    path = Path(given.get("out", "")) / "flags.json"
+    if not given.get("resume") or not path.is_file():
+        return given
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error}); give the run's flags again") from None
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()} | given
+
+
 def remember(out: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """Flags of a run: written to OUT/flags.json at its start; on --resume read back, new ones winning."""
-    path = out / "flags.json"
-    if given.get("resume") and path.is_file():
-        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()}
-        given = stored | given
+    """Write a run's explicit flags to OUT/flags.json, for `recall`; returns them."""
+    barrier()                                                       # all have read before one writes
     if rank() == 0:
-        path.write_text(json.dumps({k: v for k, v in given.items() if k not in ("resume", "out")}) + "\n")
+        kept = {k: v for k, v in given.items() if k not in ("resume", "out")}
+        partial = out / f".flags.json.{os.getpid()}"
+        partial.write_text(json.dumps(kept) + "\n")
+        partial.replace(out / "flags.json")
     return given
 
 
@@ -4078,13 +4120,22 @@ class Run:
                  optimizer: torch.optim.Optimizer, total: int):
         self.folder, self.model, self.optimizer, self.total = folder, model, optimizer, total
         self.step, self.memo, self.saved = 0, {}, time.monotonic()
+        self.lost: bool | Tensor = False
         self.head = {"method": method, "cfg": dataclasses.asdict(cfg)}
         self.every, self.save_seconds = max(1, min(50, total // 20)), 60 * cfg.save_minutes
         state = load_checkpoint(folder / "last.pt") if (folder / "last.pt").is_file() else None
         if state:
-            self.step, self.memo = state["step"], state["memo"]
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+            try:
+                self.step, self.memo = state["step"], state["memo"]
+                model.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
+                kept = {k: state["cfg"].get(k) for k in ("batch_size", "micro_batch", "seed", "samples")}
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise UserError(f"{folder}/last.pt: does not fit these options "
+                                f"({str(error).strip().splitlines()[0][:120]})") from None
+            for name in (name for name, old in kept.items() if old != getattr(cfg, name)):
+                raise UserError(f"{folder}/last.pt: was written with {name} {kept[name]}, not "
+                                f"{getattr(cfg, name)}; a resumed run cannot change it")
         self.log = Log(folder, state["log_bytes"] if state else 0)
         if state:
             say(f"{folder}: going on at step {self.step} of {total}")
@@ -4099,15 +4150,23 @@ class Run:
         """Count a step; log its terms now and then; save if it is time. UserError if the loss is lost."""
         self.step += 1
         self.bar.update()
+        self.lost = self.lost | ~terms["loss"].isfinite()              # read only when it is logged
         if self.step % self.every == 0 or self.step == 1:
-            if not torch.isfinite(terms["loss"]):
-                raise UserError(f"{self.folder}: the loss is {float(terms['loss'])} at step {self.step}; a "
-                                "lower --lr may help. last.pt is from before")
+            self.check()
             self.log(step=self.step, epoch=epoch, lr=lr, **terms)
         if self.step == self.first + 5:
             self.estimate()
         if may_save and time.monotonic() - self.saved > self.save_seconds:
             self.save()
+
+    def check(self) -> None:
+        """UserError on every process if a loss of any step so far was not finite on one of them."""
+        lost = torch.as_tensor(self.lost).float()
+        if world() > 1:
+            torch.distributed.all_reduce(lost, torch.distributed.ReduceOp.MAX)
+        if lost > 0:
+            raise UserError(f"{self.folder}: the loss is not finite any more at step {self.step}; a lower "
+                            "--lr may help. last.pt is from before")
 
     def estimate(self) -> None:
         """After five steps: how long the rest will take, and a word on --quick above an hour."""
@@ -4117,7 +4176,8 @@ class Run:
             f"{self.folder.name}: about {60 * hours:.1f} minutes to go")
 
     def save(self) -> None:
-        """last.pt: weights, optimiser, step, memo and how long the log was."""
+        """last.pt: weights, optimiser, step, memo and how long the log was; see `check`."""
+        self.check()
         if rank() == 0:
             save_checkpoint(self.folder / "last.pt", self.head | {
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),

@@ -54,10 +54,11 @@ def load(path: str | Path) -> tuple[nn.Module, Any]:
     return model, cfg
 
 
-def _load(path: str | Path) -> tuple[nn.Module, Any, dict[str, Any]]:
+def _load(path: str | Path, mano: str = "") -> tuple[nn.Module, Any, dict[str, Any]]:
     file = Path(path) / "finetune.pt" if Path(path).is_dir() else Path(path)
     content = load_checkpoint(file)
-    if not isinstance(content, dict) or not {"method", "cfg", "model", "mean"} <= set(content):
+    if not isinstance(content, dict) or not {
+            "method", "cfg", "model", "mean", "row"} <= set(content):
         raise UserError(f"{file}: holds no fine-tuned model; give a finetune.pt that a script here wrote")
     if content["method"] not in METHODS:
         raise UserError(f"{file}: names the method {str(content['method'])[:40]!r}; known are "
@@ -67,6 +68,7 @@ def _load(path: str | Path) -> tuple[nn.Module, Any, dict[str, Any]]:
         names = {f.name for f in dataclasses.fields(module.Config)}
         cfg = module.Config(**{k: tuple(v) if isinstance(v, list) else v
                                for k, v in content["cfg"].items() if k in names})
+        cfg = dataclasses.replace(cfg, mano=mano or cfg.mano)
         model = module.build(cfg)
         model.load_state_dict(content["model"])
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
@@ -114,8 +116,9 @@ def interhand_scores(found: dict[str, Tensor], left: Tensor, interacting: Tensor
         return 1000 * float(joints.nanmean())
 
     every = torch.ones_like(left)
-    return {"mpjpe_mm": macro(every), "mpjpe_mm_single": macro(~interacting),
-            "mpjpe_mm_interacting": macro(interacting)}
+    found = {"mpjpe_mm": macro(every), "mpjpe_mm_single": macro(~interacting),
+             "mpjpe_mm_interacting": macro(interacting)}
+    return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
 def ti_net_scores(found: dict[str, Tensor], mano: Mano) -> dict[str, float]:
@@ -170,12 +173,14 @@ def pck_plot(path: Path, errors: dict[str, Tensor], n: int) -> None:
 
 def judge(args: argparse.Namespace, flags: Flags, device: torch.device) -> None:
     """Table, metrics.json, pck.png and predictions.png of one checkpoint on one data set."""
-    model, cfg, content = _load(args.run)
+    model, cfg, content = _load(args.run, args.mano)
     model.to(device)
     spec = args.data or cfg.finetune
     name = data_name(spec)
     module = METHODS[content["method"]]
-    flags = dataclasses.replace(flags, mano=flags.mano or cfg.mano)
+    flags = dataclasses.replace(flags, mano=cfg.mano)
+    if not args.data:
+        flags = dataclasses.replace(flags, root=args.root or cfg.root, backgrounds=cfg.backgrounds)
     side, margin = module.stored_side(cfg), module.MARGIN
     wanted = PROTOCOLS.get(name, ("ours",)) if not args.protocol else tuple(args.protocol)
     if unknown := set(wanted) - set(PROTOCOLS.get(name, ("ours",))):
@@ -183,23 +188,29 @@ def judge(args: argparse.Namespace, flags: Flags, device: torch.device) -> None:
                         f"{', '.join(PROTOCOLS.get(name, ('ours',)))}")
     data = open_data(flags, (spec,), args.split, side, margin, device, unlabelled="ti_net" in wanted)
     folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
-    out = Path(args.out or folder / f"eval-{name}")
+    called = "-".join([*spec.partition("=")[0].split(":"), *([args.split] if args.split != "test" else [])])
+    out = Path(args.out or folder / f"eval-{called}")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
 
+    if not len(data):
+        raise UserError(f"{spec} {args.split}: holds no sample, so nothing can be scored")
     scores, found = collect(model, data, flags, device)
     rows, n, left_out = {}, 0, 0
-    blind = mean_pose_scores(content["mean"], data, user_hand(flags.mano)[0])
+    hand = Mano(user_hand(flags.mano)[0], DATASET_TIPS.get(name, "smplx"))
+    blind = mean_pose_scores(content["mean"], data, hand)
     rows["mean_pose"] = summarise(blind)[0]
     rows[content["row"]], n, left_out = summarise(scores)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     say(f"\n{args.run} on {spec} {args.split}: {n:,} samples scored, {left_out} without truth; boxes from "
         f"{data.box_source}; the network sees {', '.join(sorted(model.USES))}; {size:.1f} M parameters; "
         f"trained on {content['mean']['labels']:,} labelled hands, seed {cfg.seed}")
-    entry = {"run": str(args.run), "n": n, "left_out": left_out, "box_source": data.box_source,
+    entry = {"run": str(args.run), "split": args.split, "n": n, "left_out": left_out, "box_source": data.box_source,
              "uses": sorted(model.USES)}
+    if n == 0:
+        raise UserError(f"{spec} {args.split}: no sample has joints or key points to score against")
     if "ours" in wanted:
         say(f"\nours\n{table(rows)}")
         write_results(out / "metrics.json", spec, entry | {"protocol": "ours", "rows": rows})
@@ -214,8 +225,9 @@ def judge(args: argparse.Namespace, flags: Flags, device: torch.device) -> None:
                                content["row"]: mpjpe(found["joints"], found["true"], found["ok"]),
                                f"{content['row']}, aligned": pa_mpjpe(found["joints"], found["true"],
                                                                       found["ok"])}, n)
-    draw_predictions(out / "predictions.png", {content["row"]: model}, data, scores["mpjpe_mm"], device)
-    say(f"\nwrote {out}/metrics.json, pck.png, predictions.png")
+    draw_predictions(out / "predictions.png", {content["row"]: model}, data,
+                     scores.get("mpjpe_mm", torch.full((len(data),), math.nan)), device)
+    say(f"\nwrote {', '.join(sorted(str(file) for file in out.glob('*.*')))}")
 
 
 def inspect(args: argparse.Namespace, flags: Flags, device: torch.device) -> None:
@@ -231,7 +243,7 @@ def inspect(args: argparse.Namespace, flags: Flags, device: torch.device) -> Non
     verts, joints = hand(axis_angle_to_matrix(batch["pose"].unflatten(-1, (16, 3)).nan_to_num()),
                          batch["shape"].nan_to_num())
     K = view_intrinsics(batch)
-    posed = verts + place(joints, batch["uv"].nan_to_num(), K)[:, None]
+    posed = verts + place(joints, batch["uv"], K)[:, None]
     pictures = []
     for i in range(len(index)):
         picture = draw_skeleton(batch["image"][i], batch["uv"][i], visible=batch["visible"][i])

@@ -1,7 +1,6 @@
 """eval.py: what it loads and refuses, its named protocols, its pictures."""
 import json
 import math
-import sys
 
 import pytest
 import torch

@@ -25,7 +25,7 @@ import torch
 
 import common
 from common import (
-    MANO_SHAPES, MANO_TO_OURS, TIPS, Mano, UserError, _ChunkedSkin, _skin, axis_angle_to_matrix,
+    MANO_SHAPES, MANO_TO_OURS, TIPS, Mano, UserError, _ChunkedSkin, axis_angle_to_matrix,
     fix_left_shapedirs, load_mano, mano_numpy, matrix_to_axis_angle, matrix_to_six_d, mirror_mano,
     mirror_pose, save_mano, six_d_to_matrix)
 

@@ -14,7 +14,7 @@ import torch
 
 import common
 import ti_net
-from common import (Flags, Log, UserError, load_checkpoint, open_out, parse, save_checkpoint, settle,
+from common import (Log, UserError, load_checkpoint, open_out, parse, save_checkpoint, settle,
                     share, steps_per_epoch, table, training_steps, write_results)
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +77,8 @@ def test_quick_changes_defaults_and_explicit_flags_win():
     (["--resume"], "is not there"),
     (["--device", "cuda:77"], "--device cuda:77"),
     (["--data", "synthetic", "--finetune", "dexycb"], "one command runs one stage"),
+    (["--image-size", "100"], "must be a multiple of that"),
+    (["--cache", "file", "--image-size", "64", "--backbone", "resnet10"], "--cache file: cannot be written"),
     (["--finetune", "dexycb=absent"], "there is no folder absent"),
     (["--backbone", "vit_mini", "--image-size", "30"], "multiple of the ViT's patch"),
     (["--nonsense"], "unrecognized arguments: --nonsense")])
@@ -174,7 +176,7 @@ def test_a_resumed_run_goes_on_from_its_checkpoint_and_cuts_its_log(tmp_path):
 def test_a_lost_loss_stops_the_run_in_a_sentence(tmp_path):
     model = torch.nn.Linear(2, 2)
     run = common.Run(tmp_path, "ti_net", ti_net.Config(), model, torch.optim.AdamW(model.parameters()), 20)
-    with pytest.raises(UserError, match="the loss is nan at step 1; a lower --lr may help"):
+    with pytest.raises(UserError, match="the loss is not finite any more at step 1; a lower --lr may help"):
         run.advance({"loss": torch.tensor(float("nan"))}, 0, 0.1, may_save=False)
 
 
@@ -233,6 +235,26 @@ def test_micro_batches_must_be_shared_evenly(monkeypatch):
     assert list(share(48, 8)) == [4, 5]
 
 
+def test_synthetic_hands_and_a_folder_make_one_data_set(tmp_path):
+    from PIL import Image
+    (tmp_path / "photos").mkdir()
+    for k in range(3):
+        Image.new("RGB", (50, 40), (80 * k, 0, 0)).save(tmp_path / "photos" / f"{k}.png")
+    cfg = ti_net.Config(samples=5, cache=str(tmp_path / "cache"), workers=0)
+    both = common.open_data(cfg, ("synthetic:calm", f"folder={tmp_path / 'photos'}"), "train", 32, 1.7,
+                            torch.device("cpu"))
+    assert len(both) == 8
+    batch = next(common.batches(both, [torch.tensor([6, 1, 7])], torch.device("cpu"), 0))
+    assert batch["has"]["pose"].tolist() == [False, True, False] and batch["image"].shape == (3, 3, 32, 32)
+    found = both.targets(torch.tensor([6, 1]))
+    assert found["joints"][0].isnan().all() and torch.equal(found["joints"][1], batch["joints"][1])
+
+
+def test_scoring_an_empty_data_set_gives_no_scores():
+    model = torch.nn.Module()
+    assert common.evaluate(model, Numbers(0), ti_net.Config(workers=0), torch.device("cpu")) == {}
+
+
 # ---- Whole runs
 
 
@@ -280,9 +302,11 @@ def test_pretrain_then_finetune_then_eval(command, tmp_path):
     assert set(results[0]["rows"]) == {"mean_pose", "ti_net"} and results[0]["n"] == 2000
     for name in ("finetune.pt", "predictions.png", "curve.png"):
         assert (tmp_path / "tuned" / name).stat().st_size > 1000
+    command("ti_net.py", *tune, "--epochs", "0", "--out", "untrained")
+    assert (tmp_path / "untrained" / "finetune.pt").exists()
     done = command("eval.py", "tuned", "--workers", "0", "--device", "cpu")
     assert "mean_pose" in done.stdout and "2,000 samples scored" in done.stdout
-    again = json.loads((tmp_path / "tuned" / "eval-synthetic" / "metrics.json").read_text())["results"]
+    again = json.loads((tmp_path / "tuned" / "eval-synthetic-calm" / "metrics.json").read_text())["results"]
     assert again[0]["rows"]["ti_net"]["mpjpe_mm"] == pytest.approx(
         results[0]["rows"]["ti_net"]["mpjpe_mm"], abs=1e-6)
 

@@ -157,3 +157,12 @@ def test_permutation_visits_everything_once_and_changes_with_the_epoch():
     first, second = permutation(1000, 0, 0), permutation(1000, 0, 1)
     assert torch.equal(first.sort().values, torch.arange(1000)) and not torch.equal(first, second)
     assert torch.equal(first, permutation(1000, 0, 0))
+
+
+def test_geometry_keeps_float32_under_autocast():
+    A, points_ = rotation(torch.tensor([0.7]), 224), 224 * torch.rand(1, 21, 2)
+    image = torch.rand(1, 3, 32, 32)
+    plain = transform(A, points_), warp(image, A, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = transform(A, points_), warp(image, A, 32)
+    assert torch.equal(plain[0], again[0]) and torch.equal(plain[1], again[1])
