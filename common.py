@@ -2875,7 +2875,7 @@ def _open_one(cfg: Any, spec: str, split: str, size: int, margin: float, device:
             known |= np.isfinite(index.columns[key]).reshape(len(index), -1).any(1)
         index = index.drop(~known, "without pose or joints")
         if not len(index):
-            raise UserError(f"{spec}: not one hand has joints or a pose, so nothing can be learnt from it")
+            raise UserError(f"{spec}: not one hand has joints or a pose, so none can be learnt from")
     say(index.summary())
     return Hands(index, size, margin)
 
@@ -3070,8 +3070,8 @@ def load_backbone(backbone: nn.Module, path: str | Path) -> str:
             if best is None or len(missing) < len(best[2]):
                 best = (place, prefix, missing, tensors)
     if best is None:
-        raise UserError(f"{path}: holds no key that ends in {anchor}, as a {type(backbone).__name__} has; does "
-                        "--backbone name the network it was made for?")
+        raise UserError(f"{path}: holds no key that ends in {anchor}, as a {type(backbone).__name__} "
+                        "has; does --backbone name the network it was made for?")
     place, prefix, missing, tensors = best
     if missing:
         raise UserError(f"{path}: lacks {len(missing)} of the back-bone's {len(wanted)} keys, the first "
@@ -3086,7 +3086,9 @@ def load_backbone(backbone: nn.Module, path: str | Path) -> str:
     backbone.load_state_dict(found, strict=False)
     rest = sorted(k for k in tensors if k[len(prefix):] not in wanted and "num_batches" not in k)
     said = f"{path}{place and ':'}{place}: {len(found)} back-bone tensors read"
-    return said + (f"; ignored {len(rest)}: {', '.join(rest[:6])}{' ...' * (len(rest) > 6)}" if rest else "")
+    if rest:
+        said += f"; ignored {len(rest)}: {', '.join(rest[:6])}{' ...' * (len(rest) > 6)}"
+    return said
 
 
 # ---- Metrics --------------------------------------------------------------------------------------
@@ -3305,7 +3307,8 @@ def place(points: Tensor, uv: Tensor, K: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def predictions(model: nn.Module, data: Any, cfg: Any, device: torch.device) -> Iterator[tuple[dict, dict]]:
+def predictions(model: nn.Module, data: Any, cfg: Any, device: torch.device
+                ) -> Iterator[tuple[dict, dict]]:
     """(batch, prediction) over a data set; of several processes each takes every n-th sample.
 
     The model sees the batch keys in its USES and nothing else.
@@ -3317,7 +3320,7 @@ def predictions(model: nn.Module, data: Any, cfg: Any, device: torch.device) -> 
 
 
 def gather(parts: list[dict[str, Tensor]], n: int) -> dict[str, Tensor]:
-    """Columns collected batch by batch over `predictions`, from all processes, in the data set's order."""
+    """Columns collected over `predictions`, from all processes, in the data set's order."""
     mine = {k: torch.cat([part[k] for part in parts]).cpu() for k in parts[0]} if parts else {}
     if world() == 1:
         return mine
@@ -3348,7 +3351,8 @@ def mean_hand(data: Any, most: int = 16384) -> dict[str, Any]:
     U = U * torch.linalg.det(U @ Vh).sign()[:, None, None] ** torch.tensor([0, 0, 1])
     known = t["joints"].isfinite().any(-1).any(-1) | t["pose"].isfinite().all(-1)
     return {"pose": matrix_to_axis_angle(U @ Vh).flatten().float(), "shape": mean(t["shape"]),
-            "joints": mean(t["joints"] - t["joints"][:, :1]), "uv": mean(t["uv"] / t["side_px"][:, None, None]),
+            "joints": mean(t["joints"] - t["joints"][:, :1]),
+            "uv": mean(t["uv"] / t["side_px"][:, None, None]),
             "labels": round(float(known.double().mean()) * len(data))}
 
 
@@ -3373,7 +3377,7 @@ def mean_pose_scores(mean: dict[str, Any], data: Any, hand: Mano) -> dict[str, T
 @torch.no_grad()
 def probe_error(model: nn.Module, encode: Callable[[Tensor], Tensor], cfg: Any, size: int,
                 margin: float, device: torch.device) -> float:
-    """Frozen probe: mm MPJPE of ridge regression from `encode`'s features to the joints of synthetic hands.
+    """Frozen probe: mm MPJPE of ridge regression from features to the joints of synthetic hands.
 
     512 hands to fit, 256 to judge, the same in every run of a size. `encode` takes stored pictures
     (B, 3, size, size) to (B, d); the ridge is a tenth of the features' variance.
@@ -3399,15 +3403,15 @@ COLUMNS = ("mpjpe_mm", "pa_mpjpe_mm", "auc", "mpvpe_mm", "pa_mpvpe_mm", "epe_2d_
 
 def table(rows: dict[str, dict[str, float]], columns: tuple[str, ...] = COLUMNS) -> str:
     """Markdown, one line a row; a score that a row lacks is a dash."""
-    shown = [c for c in columns if any(c in row for row in rows.values())]
-    cell = lambda row, c: f"{row[c]:.3f}" if c in row and "auc" in c or "f_" in c and c in row else \
-        f"{row[c]:.2f}" if c in row else "-"
-    lines = [["row", *shown]] + [[name, *(cell(row, c) for c in shown)] for name, row in rows.items()]
-    width = [max(len(line[k]) for line in lines) for k in range(len(shown) + 1)]
-    text = ["| " + " | ".join(x.ljust(w) if k == 0 else x.rjust(w) for k, (x, w) in enumerate(zip(line, width)))
-            + " |" for line in lines]
-    return "\n".join([text[0], "|" + "|".join("-" * (w + 1) + (":" if k else "-") for k, w in enumerate(width)) + "|",
-                      *text[1:]])
+    shown = [name for name in columns if any(name in row for row in rows.values())]
+    digits = {name: 3 if "auc" in name or name.startswith("f_") else 2 for name in shown}
+    lines = [["row", *shown], *([label, *(f"{row[name]:.{digits[name]}f}" if name in row else "-"
+                                          for name in shown)] for label, row in rows.items())]
+    width = [max(map(len, column)) for column in zip(*lines)]
+    rule = ["-" * width[0], *("-" * (w - 1) + ":" for w in width[1:])]
+    return "\n".join("| " + " | ".join([line[0].ljust(width[0]), *(
+        cell.rjust(w) for cell, w in zip(line[1:], width[1:]))]) + " |"
+        for line in (lines[0], rule, *lines[1:]))
 
 
 def write_results(path: Path, data: str, result: dict[str, Any]) -> None:
@@ -3689,7 +3693,8 @@ def draw_predictions(path: str | Path, models: dict[str, nn.Module], data: Any, 
         pred = model.predict({key: batch[key] for key in model.USES})
         mm = score(pred, batch)["mpjpe_mm"]
         for i, row in enumerate(rows):
-            row.append(label(draw_skeleton(batch["image"][i], pred["uv"][i], width=256), f"{mm[i]:.1f} mm"))
+            drawn = draw_skeleton(batch["image"][i], pred["uv"][i], width=256)
+            row.append(label(drawn, f"{mm[i]:.1f} mm"))
     K = view_intrinsics(batch)
     if "verts" in pred:
         verts = pred["verts"] + place(pred["joints"], pred["uv"], K)[:, None]
@@ -3705,8 +3710,8 @@ def draw_predictions(path: str | Path, models: dict[str, nn.Module], data: Any, 
 def view_intrinsics(batch: dict) -> Tensor:
     """K of the stored pictures, (B, 3, 3) px; where it is not known, the focal length is the diagonal."""
     side = batch["image"].shape[-1]
-    guess = torch.tensor([[math.sqrt(2) * side, 0, (side - 1) / 2], [0, math.sqrt(2) * side, (side - 1) / 2],
-                          [0, 0, 1]], device=batch["K"].device)
+    f, c = math.sqrt(2) * side, (side - 1) / 2
+    guess = torch.tensor([[f, 0, c], [0, f, c], [0, 0, 1]], device=batch["K"].device)
     return torch.where(batch["has"]["K"][:, None, None], batch["K"], guess)
 
 
@@ -4165,8 +4170,8 @@ class Run:
         if world() > 1:
             torch.distributed.all_reduce(lost, torch.distributed.ReduceOp.MAX)
         if lost > 0:
-            raise UserError(f"{self.folder}: the loss is not finite any more at step {self.step}; a lower "
-                            "--lr may help. last.pt is from before")
+            raise UserError(f"{self.folder}: the loss is not finite any more at step {self.step}; a "
+                            "lower --lr may help. last.pt is from before")
 
     def estimate(self) -> None:
         """After five steps: how long the rest will take, and a word on --quick above an hour."""

@@ -144,7 +144,8 @@ def named_protocols(name: str, data: Any, found: dict[str, Tensor], cfg: Any,
         out["interhand"] = interhand_scores(found, torch.tensor(columns["side"] == "left"),
                                             torch.tensor(columns["hand_type"] == "interacting"))
     if "ti_net" in wanted and name in ("dexycb", "interhand"):
-        out["ti_net"] = ti_net_scores(found, Mano(user_hand(cfg.mano)[0], DATASET_TIPS.get(name, "smplx")))
+        tips = DATASET_TIPS.get(name, "smplx")
+        out["ti_net"] = ti_net_scores(found, Mano(user_hand(cfg.mano)[0], tips))
     return out
 
 
@@ -188,7 +189,7 @@ def judge(args: argparse.Namespace, flags: Flags, device: torch.device) -> None:
                         f"{', '.join(PROTOCOLS.get(name, ('ours',)))}")
     data = open_data(flags, (spec,), args.split, side, margin, device, unlabelled="ti_net" in wanted)
     folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
-    called = "-".join([*spec.partition("=")[0].split(":"), *([args.split] if args.split != "test" else [])])
+    called = spec.partition("=")[0].replace(":", "-") + f"-{args.split}" * (args.split != "test")
     out = Path(args.out or folder / f"eval-{called}")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -204,11 +205,11 @@ def judge(args: argparse.Namespace, flags: Flags, device: torch.device) -> None:
     rows["mean_pose"] = summarise(blind)[0]
     rows[content["row"]], n, left_out = summarise(scores)
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    say(f"\n{args.run} on {spec} {args.split}: {n:,} samples scored, {left_out} without truth; boxes from "
-        f"{data.box_source}; the network sees {', '.join(sorted(model.USES))}; {size:.1f} M parameters; "
+    say(f"\n{args.run} on {spec} {args.split}: {n:,} samples scored, {left_out} without truth; "
+        f"boxes from {data.box_source}; the network sees {', '.join(sorted(model.USES))}; {size:.1f} M parameters; "
         f"trained on {content['mean']['labels']:,} labelled hands, seed {cfg.seed}")
-    entry = {"run": str(args.run), "split": args.split, "n": n, "left_out": left_out, "box_source": data.box_source,
-             "uses": sorted(model.USES)}
+    entry = {"run": str(args.run), "split": args.split, "n": n, "left_out": left_out,
+             "box_source": data.box_source, "uses": sorted(model.USES)}
     if n == 0:
         raise UserError(f"{spec} {args.split}: no sample has joints or key points to score against")
     if "ours" in wanted:

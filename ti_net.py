@@ -65,13 +65,13 @@ from typing import Any, Callable, NamedTuple
 
 # common before torch: it settles how threads wait
 from common import (
-    BACKBONES, DATASET_TIPS, Flags, Mano, Run, UserError, accumulate, arg, autocast, average_buffers,
-    axis_angle_to_matrix, barrier, batches, build_backbone, cpu_state, crop, curve, data_name, decay_groups,
-    denormalise, draw_predictions, draw_skeleton, evaluate, flip, guarded, invert, load_backbone,
-    load_checkpoint, mean_hand, mean_pose_scores, normalise, open_data, open_out, parallel, parse,
-    probe_error, rank, recall, remember, rotation, save_checkpoint, say, settle, share, sheet, start,
-    steps_per_epoch, summarise, table, training_steps, transform, translation, uniform, user_hand,
-    warp, write_results)
+    BACKBONES, DATASET_TIPS, Flags, Mano, Run, UserError, accumulate, arg, autocast,
+    average_buffers, axis_angle_to_matrix, barrier, batches, build_backbone, cpu_state, crop,
+    curve, data_name, decay_groups, denormalise, draw_predictions, draw_skeleton, evaluate,
+    flip, guarded, invert, load_backbone, load_checkpoint, mean_hand, mean_pose_scores,
+    normalise, open_data, open_out, parallel, parse, probe_error, rank, recall, remember,
+    rotation, save_checkpoint, say, settle, share, sheet, start, steps_per_epoch, summarise,
+    table, training_steps, transform, translation, uniform, user_hand, warp, write_results)
 
 import torch
 from torch import Tensor, nn
@@ -104,8 +104,8 @@ VARIANTS = {
     "authors-crops": "source crops of 0.2 to 1 of the area, turned by 0 to 360 degrees",
 }
 
-QUICK = {"pretrain": dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, epochs=1, batch_size=64, micro_batch=64,
-                          samples=2240, decoder_width=32, probe_every=0,
+QUICK = {"pretrain": dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, epochs=1,
+                          batch_size=64, micro_batch=64, samples=2240, decoder_width=32, probe_every=0,
                           warmup_epochs=0.1, workers=0),
          "finetune": dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, epochs=6,
                           batch_size=64, micro_batch=64, samples=2240, workers=0)}
@@ -316,8 +316,8 @@ class TINet(nn.Module):
         d, stride = self.backbone.dim, self.backbone.stride
         self.operators = Operators(d, cfg)
         if cfg.image_size % stride:
-            raise UserError(f"--image-size {cfg.image_size}: pre-training decodes maps of stride {stride}, so "
-                            "it must be a multiple of that")
+            raise UserError(f"--image-size {cfg.image_size}: pre-training decodes maps of stride "
+                            f"{stride}, so it must be a multiple of that")
         self.decoder = None if "no-reconstruction" in cfg.variant else Decoder(d, stride, cfg)
         every = list(range(len(self.plan.pictures)))
         self.decoded = [1, 2, 3] if "reconstruct-3" in cfg.variant else every
@@ -575,7 +575,7 @@ def pretrain(cfg: Config, out: Path, device: torch.device) -> None:
 
 
 def finetune(cfg: Config, out: Path, row: str, device: torch.device) -> None:
-    """Sec. 4.1: the whole network on labels, `best` by the validation split; writes the stage's best.pt."""
+    """Sec. 4.1: the whole network on labels; best.pt is the best epoch on the validation split."""
     side, folder, target = stored_side(cfg), out / f"finetune-{row}", (cfg.finetune,)
     torch.manual_seed(cfg.seed)
     model = HandNet(cfg)
@@ -619,8 +619,9 @@ def draw_views(folder: Path, data: Any, cfg: Config, device: torch.device, plan:
 
 
 @torch.no_grad()
-def draw_reconstructions(folder: Path, model: TINet, data: Any, cfg: Config, device: torch.device) -> None:
-    """reconstructions.png: six pictures and what the decoder makes of their maps, BatchNorm as trained."""
+def draw_reconstructions(folder: Path, model: TINet, data: Any, cfg: Config,
+                         device: torch.device) -> None:
+    """reconstructions.png: six pictures and what the decoder makes of them, BatchNorm as trained."""
     if model.decoder is None:
         return
     model.train()
@@ -678,7 +679,8 @@ def report(cfg: Config, out: Path, names: list[str], device: torch.device) -> No
         "run": out.name, "protocol": "ours", "n": n, "left_out": left_out, "box_source": test.box_source,
         "uses": sorted(HandNet.USES), "rows": rows})
     memo = {name: load_checkpoint(out / f"finetune-{name}" / "last.pt")["memo"] for name in names}
-    curves = {name: (range(1, 1 + len(m.get("curve", []))), m.get("curve", [])) for name, m in memo.items()}
+    errors = {name: m.get("curve", []) for name, m in memo.items()}
+    curves = {name: (range(1, 1 + len(error)), error) for name, error in errors.items()}
     curve(out / "curve.png", curves, "validation MPJPE while fine-tuning (Fig. 5)", "epoch", "mm")
     if "mpjpe_mm" in scores:
         draw_predictions(out / "predictions.png", models, test, scores["mpjpe_mm"], device)
