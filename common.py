@@ -3938,10 +3938,12 @@ class Log:
 
 
 def rank() -> int:
+    """Number of this process, 0 where there is one."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def world() -> int:
+    """How many processes train together."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 

@@ -586,6 +586,8 @@ def finetune(cfg: Config, out: Path, row: str, device: torch.device) -> None:
     val, mean = open_data(cfg, target, "val", side, MARGIN, device), mean_hand(data)
     with torch.no_grad():
         model.head[-1].bias.copy_(mean["pose"])
+    if rank() == 0:
+        draw_crops(folder, data, cfg, device)
     say(f"fine-tuning {row} on {mean['labels']:,} labelled hands, validated on {len(val):,}")
 
     def keep(epoch: int) -> None:
@@ -617,6 +619,15 @@ def draw_views(folder: Path, data: Any, cfg: Config, device: torch.device, plan:
     rows = [[draw_skeleton(denormalise(view), points) for view, points in zip(row, moved)]
             for row, moved in zip(views, uv)]
     sheet(folder / "views.png", rows, [element_name(e) for e in plan.pictures], width=1200)
+
+
+def draw_crops(folder: Path, data: Any, cfg: Config, device: torch.device) -> None:
+    """views.png of fine-tuning: eight crops as the network sees them, with their key points."""
+    batch = next(batches(data, [torch.linspace(0, len(data) - 1, 8).long()], device, 0))
+    crops, A = hand_view(batch["image"], cfg.image_size)
+    drawn = [draw_skeleton(denormalise(view), uv, width=160)
+             for view, uv in zip(crops, transform(A, batch["uv"]))]
+    sheet(folder / "views.png", [drawn[:4], drawn[4:]])
 
 
 @torch.no_grad()

@@ -300,7 +300,7 @@ def test_pretrain_then_finetune_then_eval(command, tmp_path):
     assert "24 labels used" in done.stdout and "scratch: not run" in done.stdout
     results = json.loads((tmp_path / "tuned" / "metrics.json").read_text())["results"]
     assert set(results[0]["rows"]) == {"mean_pose", "ti_net"} and results[0]["n"] == 2000
-    for name in ("finetune.pt", "predictions.png", "curve.png"):
+    for name in ("finetune.pt", "predictions.png", "curve.png", "finetune-ti_net/views.png"):
         assert (tmp_path / "tuned" / name).stat().st_size > 1000
     command("ti_net.py", *tune, "--epochs", "0", "--out", "untrained")
     assert (tmp_path / "untrained" / "finetune.pt").exists()
