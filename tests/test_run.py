@@ -266,7 +266,8 @@ def test_killed_at_random_moments_and_resumed_a_run_ends_the_same(tmp_path):
     """SIGKILL, three times, at moments drawn afresh in each test run; then bit-equal weights and log."""
     env = os.environ | {"OMP_NUM_THREADS": "2"}
     start = lambda name, *more: subprocess.Popen(
-        [sys.executable, str(ROOT / "ti_net.py"), *SMALL, "--save-minutes", "0.01", "--out", name, *more],
+        [sys.executable, str(ROOT / "ti_net.py"), *SMALL, "--save-minutes", "0.01", "--out", name, "--cache",
+         f"cache-{name}", *more],
         cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     began = time.monotonic()
     straight = start("straight")
@@ -274,7 +275,7 @@ def test_killed_at_random_moments_and_resumed_a_run_ends_the_same(tmp_path):
     length, killed = time.monotonic() - began, 0
     for attempt in range(3):
         run = start("killed", *(["--resume"] if (tmp_path / "killed").exists() else []))
-        time.sleep(length * random.uniform(0.5, 0.95))
+        time.sleep(length * random.uniform(0.4, 0.9))
         killed += run.poll() is None
         run.send_signal(signal.SIGKILL)
         run.wait()
