@@ -31,7 +31,7 @@ from typing import Any
 from common import (
     DATASET_TIPS, Flags, Mano, UserError, auc, axis_angle_to_matrix, batches, data_name, draw_mesh,
     draw_predictions, draw_skeleton, gather, guarded, label, load_checkpoint, mean_pose_scores, mpjpe,
-    open_data, pa_mpjpe, place, predictions, say, score, sheet, start, summarise, table, user_hand,
+    open_data, pa_mpjpe, pck_curve, place, predictions, say, score, sheet, start, summarise, table, user_hand,
     view_intrinsics, write_results)
 import ti_net
 
@@ -156,10 +156,9 @@ def pck_plot(path: Path, errors: dict[str, Tensor], n: int) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(6, 3.6), dpi=150)
-    limits = torch.linspace(0, 50, 101)
     for row, error in errors.items():
-        known = 1000 * error[error.isfinite()]
-        axis.plot(limits, [(known <= limit).double().mean() for limit in limits], label=row)
+        limits, shares = pck_curve(error)
+        axis.plot(1000 * limits, shares, label=row)
     axis.set(xlabel="error, mm", ylabel="share of joints", xlim=(0, 50), ylim=(0, 1),
              title=f"PCK of {n:,} samples")
     axis.grid(alpha=0.3)

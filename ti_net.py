@@ -662,10 +662,10 @@ def row_name(init: str) -> str:
 
 def report(cfg: Config, out: Path, names: list[str], device: torch.device) -> None:
     """Score the best checkpoint of each row on the test split: table, metrics.json, pictures."""
-    test = open_data(cfg, (cfg.finetune,), "test", stored_side(cfg), MARGIN, device)
     files = {name: load_checkpoint(out / f"finetune-{name}" / "best.pt") for name in names}
     if rank() == 0:
-        save_checkpoint(out / "finetune.pt", files[names[-1]])
+        save_checkpoint(out / "finetune.pt", files[names[-1]])              # whatever the test split holds
+    test = open_data(cfg, (cfg.finetune,), "test", stored_side(cfg), MARGIN, device)
     if not len(test):
         say(f"wrote {out}/finetune.pt; {cfg.finetune} has no test split, so nothing was scored")
         return
@@ -696,7 +696,7 @@ def report(cfg: Config, out: Path, names: list[str], device: torch.device) -> No
     curve(out / "curve.png", curves, "validation MPJPE while fine-tuning (Fig. 5)", "epoch", "mm")
     if "mpjpe_mm" in scores:
         draw_predictions(out / "predictions.png", models, test, scores["mpjpe_mm"], device)
-    say(f"wrote {out}/finetune.pt, metrics.json, curve.png, predictions.png")
+    say(f"wrote {', '.join(sorted(str(file) for file in out.glob('*.*')))}")
 
 
 # ---- CLI ------------------------------------------------------------------------------------------

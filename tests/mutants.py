@@ -58,7 +58,10 @@ MUTANTS = [
     ("eval.py", "pa_mpjpe(joints, true, reflect=True)", "pa_mpjpe(joints, true)", "test_eval.py", "reflections"),
     ("eval.py", "joints = torch.cat([error[rows & ~left].nanmean(0), error[rows & left].nanmean(0)])", "joints = error[rows].nanmean(0)",
      "test_eval.py", "joints_first"),
+    ("common.py", '"joints": mean(t["joints"] - t["joints"][:, :1]),', '"joints": mean(t["joints"]),', "test_metrics.py", "mean_hand_is_rooted"),
+    ("common.py", "b = (ray * points[..., 2:] - points[..., :2])", "b = (ray * points[..., 2:] + points[..., :2])", "test_metrics.py", "place"),
     # runs
+    ("common.py", 'if p.ndim <= 1], "weight_decay": 0.0}', 'if p.ndim <= 1], "weight_decay": weight_decay}', "test_run.py", "decay"),
     ("common.py", "micro = order.view(steps, -1, cfg.micro_batch)[first:,", "micro = order.view(steps, -1, cfg.micro_batch)[:steps - first,", "test_run.py", "goes_on_where"),
     ("common.py", 'self.log = Log(folder, state["log_bytes"] if state else 0)', "self.log = Log(folder, 10 ** 9)", "test_run.py", "cuts_its_log"),
     ("common.py", "    partial.replace(path)\n\n\ndef load_checkpoint", "    pass\n\n\ndef load_checkpoint", "test_run.py", "replaced_whole"),

@@ -197,6 +197,14 @@ def test_table_shows_missing_scores_as_dashes():
     assert lines[3].split() == ["|", "b", "|", "2.00", "|", "0.500", "|"]
 
 
+def test_weights_decay_and_biases_and_norms_do_not():
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.Linear(2, 3))
+    model[2].bias.requires_grad_(False)
+    groups = {g["weight_decay"]: {tuple(p.shape) for p in g["params"]}
+              for g in common.decay_groups(model, 0.05)}
+    assert groups == {0.05: {(2, 1, 3, 3), (3, 2)}, 0.0: {(2,)}}
+
+
 # ---- Batches
 
 
