@@ -60,14 +60,21 @@ from typing import Any
 
 # common before torch: it settles how threads wait
 import common
+from hand.drawing import save_png
+from sources.pictures import detect_hands
 from common import (
-    CURVE_COLOURS, DATASET_TIPS, FINGERS, INTERHAND_TO_OURS, MANO_TO_OURS, MIDDLE_MCP, N_JOINTS,
-    N_VERTS, PICTURES, REGRESSED, ROOT, Flags, Hands, Index, Mano, UserError, auc,
-    axis_angle_to_matrix, barrier, batches, bits, data_name, draw_mesh, draw_side, draw_skeleton,
-    epe, f_score, gather, guarded, hand_mark, invert, label, load_checkpoint, matrix_to_axis_angle,
-    mpjpe, n_mpjpe, open_data, pa_mpjpe, picture, place, predictions, procrustes, rank, read_image,
-    read_index, say, score, sheet, start, stored_config, tight_box, transform, uniform, unmirror,
-    user_hand, view_intrinsics, world, write_results)
+    FINGERS, MANO_TO_OURS, MIDDLE_MCP, N_JOINTS, N_VERTS, ROOT, Flags, Mano, UserError, auc,
+    axis_angle_to_matrix, barrier, batches, bits, epe, f_score, gather, guarded, invert,
+    load_checkpoint, matrix_to_axis_angle, mpjpe, n_mpjpe, pa_mpjpe, place, procrustes, rank,
+    say, score, start, stored_config, transform, uniform, view_intrinsics, world)
+from hand import hand_mark, user_hand
+from hand.drawing import CURVE_COLOURS, draw_mesh, draw_side, draw_skeleton, label, picture, sheet
+from sources import DATASET_TIPS, REGRESSED, data_name, open_data, read_index
+from sources.index import PICTURES, Index, tight_box, unmirror
+from sources.interhand import INTERHAND_TO_OURS
+from sources.judging import predictions, write_results
+from sources.loader import Hands
+from sources.pictures import read_image
 import hamuco
 import handmim
 import peclr
@@ -1292,7 +1299,7 @@ def detected(root: Path, files: list[str]) -> Index:
             say(str(error))
             broken.append(file)
             continue
-        found = common.detect_hands(photo)
+        found = detect_hands(photo)
         rows += [(file, f"{file}#{k}", hand["side"], hand["uv"]) for k, hand in enumerate(found)]
         empty += [] if found else [file]
     paths, ids, side, uv = zip(*rows) if rows else ((), (), (), np.zeros((0, N_JOINTS, 2)))
@@ -1421,7 +1428,7 @@ def draw_photo(out: Path, root: Path, path: str, hands: list[dict], faces: Tenso
     sheet_ = Image.new("RGB", (drawn.width + beside.width, beside.height), "white")
     sheet_.paste(drawn, (0, 0))
     sheet_.paste(beside, (drawn.width, 0))
-    common.save_png(out / f"{flat_name(path)}.png", sheet_, 1_500_000)
+    save_png(out / f"{flat_name(path)}.png", sheet_, 1_500_000)
 
 
 def draw_bones(image: Image.Image, uv: np.ndarray) -> Image.Image:

@@ -59,14 +59,18 @@ from typing import Any, NamedTuple
 
 # common before torch: it settles how threads wait
 from common import (
-    MIDDLE_MCP, N_JOINTS, N_VERTS, Flags, Mano, Rig, Rows, Run, UserError, accumulate, arg,
-    autocast, average_buffers, axis_angle_to_matrix, barrier, batches, bits, build_backbone,
-    cpu_state, crop, curve, data_name, decay_groups, denormalise, draw_side, draw_skeleton, epe,
-    gather, guarded, hand_mark, invert, label, load_backbone, load_checkpoint, matrix_to_axis_angle,
-    mean_hand, mean_pose_scores, normalise, open_data, open_out, parallel, parse, pck_curve,
-    permutation, project, rank, recall, remember, rotate_z, rotation, save_checkpoint, say, score,
-    settle, share, sheet, six_d_to_matrix, start, steps_per_epoch, stored_config, summarise, table,
-    to_device, training_steps, transform, uniform, user_hand, warp, world, write_results)
+    MIDDLE_MCP, N_JOINTS, N_VERTS, Flags, Mano, Run, UserError, accumulate, arg, autocast,
+    average_buffers, axis_angle_to_matrix, barrier, batches, bits, build_backbone, cpu_state,
+    crop, decay_groups, denormalise, epe, gather, guarded, invert, load_backbone,
+    load_checkpoint, matrix_to_axis_angle, normalise, open_out, parallel, parse, pck_curve,
+    permutation, project, rank, recall, remember, rotate_z, rotation, save_checkpoint, say,
+    score, settle, share, six_d_to_matrix, start, steps_per_epoch, stored_config, summarise,
+    to_device, training_steps, transform, uniform, warp, world)
+from hand import hand_mark, user_hand
+from hand.drawing import curve, draw_side, draw_skeleton, label, sheet
+from sources import Rig, data_name, open_data
+from sources.judging import mean_hand, mean_pose_scores, table, write_results
+from sources.loader import Rows
 
 import numpy as np
 import torch

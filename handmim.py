@@ -79,14 +79,18 @@ from typing import Any, Callable, NamedTuple, Sequence
 
 # common before torch: it settles how threads wait
 from common import (
-    BACKBONES, DATASET_TIPS, N_JOINTS, N_VERTS, PICTURES, REGRESSED, Flags, Mano, Run, UserError,
-    accumulate, arg, autocast, axis_angle_to_matrix, barrier, batches, blur, build_backbone,
-    cpu_state, crop, data_name, decay_groups, denormalise, detect_hands, draw_skeleton, flip,
-    guarded, invert, jitter_colour, keep_best, launch, load_backbone, matrix_to_six_d, mean_hand,
-    normal, normalise, open_data, parallel, parse_data, probe_error, rank, read_image, recall,
-    remember, report, rotate_z, rotation, row_name, save_checkpoint, say, settle, sheet,
-    six_d_to_matrix, solarise, steps_per_epoch, to_grey, training_steps, transform, uniform,
-    user_hand, view_intrinsics, warp, world)
+    BACKBONES, N_JOINTS, N_VERTS, Flags, Mano, Run, UserError, accumulate, arg, autocast,
+    axis_angle_to_matrix, barrier, batches, blur, build_backbone, cpu_state, crop,
+    decay_groups, denormalise, flip, guarded, invert, jitter_colour, load_backbone,
+    matrix_to_six_d, normal, normalise, parallel, rank, recall, remember, rotate_z, rotation,
+    row_name, save_checkpoint, say, settle, six_d_to_matrix, solarise, steps_per_epoch,
+    to_grey, training_steps, transform, uniform, view_intrinsics, warp, world)
+from hand import user_hand
+from hand.drawing import draw_skeleton, sheet
+from sources import DATASET_TIPS, REGRESSED, data_name, open_data, parse_data
+from sources.index import PICTURES
+from sources.judging import keep_best, launch, mean_hand, probe_error, report
+from sources.pictures import detect_hands, read_image
 
 import numpy as np
 import torch

@@ -70,13 +70,15 @@ from typing import Any, Callable, NamedTuple
 
 # common before torch: it settles how threads wait
 from common import (
-    BACKBONES, N_JOINTS, Flags, Run, UserError, accumulate, arg, autocast, average_buffers, barrier,
-    batches, blur, build_backbone, cpu_state, crop, decay_groups, denormalise, draw_skeleton,
-    guarded, hsv_to_rgb, invert, keep_best, label, launch, load_backbone, load_checkpoint,
-    mean_hand, normal, normalise, open_data, parallel, permutation, picture, project, rank, recall,
-    remember, report, rgb_to_hsv, rotation, row_name, save_checkpoint, say, settle, sheet,
-    steps_per_epoch, to_grey, training_steps, transform, translation, uniform, view_intrinsics,
-    warp, world)
+    BACKBONES, N_JOINTS, Flags, Run, UserError, accumulate, arg, autocast, average_buffers,
+    barrier, batches, blur, build_backbone, cpu_state, crop, decay_groups, denormalise,
+    guarded, hsv_to_rgb, invert, load_backbone, load_checkpoint, normal, normalise, parallel,
+    permutation, project, rank, recall, remember, rgb_to_hsv, rotation, row_name,
+    save_checkpoint, say, settle, steps_per_epoch, to_grey, training_steps, transform,
+    translation, uniform, view_intrinsics, warp, world)
+from hand.drawing import draw_skeleton, label, picture, sheet
+from sources import open_data
+from sources.judging import keep_best, launch, mean_hand, report
 
 import torch
 import torch.nn.functional as F

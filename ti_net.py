@@ -65,12 +65,15 @@ from typing import Any, Callable, NamedTuple
 
 # common before torch: it settles how threads wait
 from common import (
-    BACKBONES, DATASET_TIPS, Flags, Mano, Run, UserError, accumulate, arg, autocast,
-    average_buffers, axis_angle_to_matrix, barrier, batches, build_backbone, cpu_state, crop,
-    data_name, decay_groups, denormalise, draw_skeleton, flip, guarded, invert, keep_best, launch,
-    load_backbone, mean_hand, normalise, open_data, parallel, probe_error, rank, recall, remember,
-    report, rotation, row_name, save_checkpoint, say, settle, sheet, steps_per_epoch,
-    training_steps, transform, translation, uniform, user_hand, warp)
+    BACKBONES, Flags, Mano, Run, UserError, accumulate, arg, autocast, average_buffers,
+    axis_angle_to_matrix, barrier, batches, build_backbone, cpu_state, crop, decay_groups,
+    denormalise, flip, guarded, invert, load_backbone, normalise, parallel, rank, recall,
+    remember, rotation, row_name, save_checkpoint, say, settle, steps_per_epoch,
+    training_steps, transform, translation, uniform, warp)
+from hand import user_hand
+from hand.drawing import draw_skeleton, sheet
+from sources import DATASET_TIPS, data_name, open_data
+from sources.judging import keep_best, launch, mean_hand, probe_error, report
 
 import torch
 from torch import Tensor, nn

@@ -26,8 +26,11 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 # common before torch: it settles how threads wait
-from common import (MANO_SHAPES, Cached, Mano, Synthetic, auc, axis_angle_to_matrix, builtin_hand, load_mano, mpjpe,
-                    normalise, pa_mpjpe, score, training_steps, uniform)
+from common import (
+    Mano, auc, axis_angle_to_matrix, mpjpe, normalise, pa_mpjpe, score, training_steps, uniform)
+from hand.builtin import builtin_hand
+from hand.official import MANO_SHAPES, load_mano
+from sources.synthetic import Cached, Synthetic
 import eval as judge
 import hamuco
 import handmim

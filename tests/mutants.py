@@ -30,13 +30,13 @@ MUTANTS = [
     ("ti_net.py", "return cut @ turn @ flip(flips, square)", "return cut @ flip(flips, square).to(turn) @ turn", "test_ti_net.py", "one_step_after"),
     ("common.py", "MANO_TO_OURS = (0, 13, 14, 15, 16, 1, 2, 3, 17, 4, 5, 6, 18, 10, 11, 12, 19, 7, 8, 9, 20)",
      "MANO_TO_OURS = (0, 13, 14, 15, 16, 1, 2, 3, 17, 4, 5, 6, 18, 7, 8, 9, 19, 10, 11, 12, 20)", "test_mano.py", "21_joints"),
-    ("common.py", "INTERHAND_TO_OURS = (20, 3, 2, 1, 0,", "INTERHAND_TO_OURS = (20, 0, 1, 2, 3,", "test_data.py", "interhand"),
+    ("sources/interhand.py", "INTERHAND_TO_OURS = (20, 3, 2, 1, 0,", "INTERHAND_TO_OURS = (20, 0, 1, 2, 3,", "test_data.py", "interhand"),
     # units and half pixels
     ("common.py", "return (width - 1) / 2, (height - 1) / 2", "return width / 2, height / 2", "test_transforms.py", "rearrangements or quarter_turn"),
     ("common.py", "shift = (size - 1) / 2 - s[..., None] * middle", "shift = size / 2 - s[..., None] * middle", "test_transforms.py", "resizing"),
     ("common.py", "return _matrix([[1 - 2 * on, zero, on * (width - 1)]", "return _matrix([[1 - 2 * on, zero, on * width]", "test_transforms.py", "name_says"),
     ("common.py", "+ back[..., k, 2, None, None]) + 1) / side - 1", "+ back[..., k, 2, None, None])) / side - 1", "test_transforms.py", "dots or rearrangements"),
-    ("common.py", 'joints = np.einsum("nij,nkj->nki", column["R"], joints) / 1000', 'joints = np.einsum("nij,nkj->nki", column["R"], joints) / 100',
+    ("sources/interhand.py", 'joints = np.einsum("nij,nkj->nki", column["R"], joints) / 1000', 'joints = np.einsum("nij,nkj->nki", column["R"], joints) / 100',
      "test_data.py", "interhand"),
     ("ti_net.py", "return 2 * math.pi * uniform(index, 4, cfg.seed", "return 360 * uniform(index, 4, cfg.seed", "test_ti_net.py", "fill_the_circle"),
     ("ti_net.py", "xy = 10 * camera[:, None, :1].exp()", "xy = 10 * camera[:, None, :1]", "test_ti_net.py", "back_in_the_picture"),
@@ -179,7 +179,7 @@ MUTANTS = [
      "view.A.transpose(0, 1).flatten(0, 1), S).float()", "test_hamuco.py", "lie_on_each"),
     ("hamuco.py", "uv = SPAN * xyz, transform(invert(A), to_px(uv, self.size))",
      "uv = SPAN * xyz, transform(A, to_px(uv, self.size))", "test_hamuco.py", "lie_on_each"),
-    ("common.py", 'M[v] = D @ index.columns["cameras"][row] @ D',
+    ("sources/loader.py", 'M[v] = D @ index.columns["cameras"][row] @ D',
      'M[v] = index.columns["cameras"][row]', "test_hamuco.py", "left_hands_are_mirrored"),
     # scores
     ("common.py", ".to(A) if reflect else", ".to(A) if not reflect else", "test_metrics.py", ""),
@@ -187,7 +187,7 @@ MUTANTS = [
      "mpjpe(f[\"joints\"], f[\"true\"], ok), pa_mpjpe(f[\"joints\"], f[\"true\"], ok)", "test_eval.py", "reflections"),
     ("eval.py", "wide = torch.cat([error.masked_fill(left, math.nan), error.masked_fill(~left, math.nan)], 1)", "wide = error",
      "test_eval.py", "joints_first"),
-    ("common.py", '"joints": mean(t["joints"] - t["joints"][:, :1]),', '"joints": mean(t["joints"]),', "test_metrics.py", "mean_hand_is_rooted"),
+    ("sources/judging.py", '"joints": mean(t["joints"] - t["joints"][:, :1]),', '"joints": mean(t["joints"]),', "test_metrics.py", "mean_hand_is_rooted"),
     ("common.py", "b = (ray * points[..., 2:] - points[..., :2])", "b = (ray * points[..., 2:] + points[..., :2])", "test_metrics.py", "place"),
     # runs
     ("common.py", 'if p.ndim <= 1], "weight_decay": 0.0}', 'if p.ndim <= 1], "weight_decay": weight_decay}', "test_run.py", "decay"),
@@ -196,7 +196,7 @@ MUTANTS = [
     ("common.py", "    partial.replace(path)\n\n\ndef load_checkpoint", "    pass\n\n\ndef load_checkpoint", "test_run.py", "replaced_whole"),
     ("common.py", "return torch.load(path, map_location=\"cpu\", weights_only=True)", "return torch.load(path, map_location=\"cpu\", weights_only=False)",
      "test_backbones.py", "hostile"),
-    ("common.py", "kind = _PICKLE_NAMES.get(f\"{module}.{name}\")", "kind = _PICKLE_NAMES.get(f\"{module}.{name}\", \"set\")", "test_mano.py", "payloads"),
+    ("hand/official.py", "kind = _PICKLE_NAMES.get(f\"{module}.{name}\")", "kind = _PICKLE_NAMES.get(f\"{module}.{name}\", \"set\")", "test_mano.py", "payloads"),
 ]
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common import Synthetic, draw_skeleton, sheet
+from hand.drawing import draw_skeleton, sheet
+from sources.synthetic import Synthetic
 import eval as judge
 
 import torch

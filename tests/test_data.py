@@ -7,12 +7,18 @@ import pytest
 import torch
 from PIL import Image
 
-import common as data
-from common import (Hands, Index, UserError, check_images, collate, dexycb_split,
-                          index_dexycb, index_folder, index_imagenet, index_interhand, read_index,
-                          parse_data, read_image, unmirror)
-from common import builtin_hand
-from common import axis_angle_to_matrix, mano_numpy, mirror_mano
+from common import UserError
+from sources import parse_data, read_index
+from sources.dexycb import dexycb_split, index_dexycb
+from sources.folder import index_folder, index_imagenet
+from sources.index import Index, unmirror
+from sources.interhand import index_interhand
+from sources.loader import Hands
+from sources.pictures import check_images, read_image
+from torch.utils.data import default_collate as collate
+from hand.builtin import builtin_hand
+from common import axis_angle_to_matrix, mano_numpy
+from hand.official import mirror_mano
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "datasets.npz")
 KEYS = {"image", "crop", "size", "K", "joints", "joints_ok", "verts", "uv", "uv_label", "visible",
@@ -70,7 +76,7 @@ def test_exif_rotation_is_applied(tmp_path):
 
 @pytest.mark.parametrize("full_check", [20_000, 0])
 def test_broken_pictures_are_found_named_and_left_out(tmp_path, monkeypatch, full_check):
-    monkeypatch.setattr(data, "FULL_CHECK", full_check)
+    monkeypatch.setattr("sources.pictures.FULL_CHECK", full_check)
     good = save(tmp_path / "a" / "good.jpg", noise(90, 120))
     save(tmp_path / "a" / "odd.JPEG", noise(9, 9), format="PNG")   # as one of ImageNet's is
     (tmp_path / "a" / "tail.jpg").write_bytes(good.read_bytes() + b"\0\0\0")
@@ -335,7 +341,7 @@ def test_folder_refuses_what_is_empty(tmp_path):
 def test_cached_index_equals_a_fresh_one_and_notices_changes(tmp_path, monkeypatch):
     root = label_folder(tmp_path / "data", LABEL)
     fresh = index_folder(root, cache=tmp_path / "cache")
-    monkeypatch.setattr(data, "check_images", lambda paths: pytest.fail("was read again"))
+    monkeypatch.setattr("sources.index.check_images", lambda paths: pytest.fail("was read again"))
     again = index_folder(root, cache=tmp_path / "cache")
     assert vars(again).keys() == vars(fresh).keys() and again.summary() == fresh.summary()
     for key, column in fresh.columns.items():
@@ -518,7 +524,7 @@ def test_dexycb_leaves_out_and_counts(tmp_path, monkeypatch):
                              "samples without their picture": 1}
     assert index.columns["image_id"].tolist() == [0, *range(8, 800)]      # the numbers stay
     assert index.columns["outside"].sum() == 1 and "1 hands outside" in index.summary()
-    monkeypatch.setattr(data, "dexycb_split", lambda part, split: ([6], [*range(100)], [*range(8)]))
+    monkeypatch.setattr("sources.dexycb.dexycb_split", lambda part, split: ([6], [*range(100)], [*range(8)]))
     train = index_dexycb(tmp_path, "train", "s1")
     assert train.dropped["hands outside the picture"] == 1 and len(train) == 792
 

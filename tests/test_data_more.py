@@ -8,10 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-import common as data
-from common import (DATASET_TIPS, TIPS, Hands, UserError, axis_angle_to_matrix, builtin_hand, collate,
-                    freihand_split, index_coco, index_freihand, index_ho3d, index_yt3d, mano_numpy,
-                    parse_data, read_index)
+from common import TIPS, UserError, axis_angle_to_matrix, mano_numpy
+from hand.builtin import builtin_hand
+from sources import DATASET_TIPS, parse_data, read_index
+from sources.coco import index_coco
+from sources.freihand import freihand_split, index_freihand
+from sources.ho3d import index_ho3d
+from sources.loader import Hands
+from sources.yt3d import index_yt3d
+from torch.utils.data import default_collate as collate
 
 KEYS = {"image", "crop", "size", "K", "joints", "joints_ok", "verts", "uv", "uv_label", "visible",
         "confidence", "pose", "shape", "trans", "scale", "has", "side", "id", "box_source"}
@@ -210,7 +215,7 @@ def test_freihand_refuses_other_files_in_one_sentence(tmp_path):
 def test_freihand_cache_notices_other_annotations(tmp_path, monkeypatch):
     write_freihand(tmp_path)
     fresh = index_freihand(tmp_path, part="gs", cache=tmp_path / "cache")
-    monkeypatch.setattr(data, "_json_numbers", lambda *_: pytest.fail("was read again"))
+    monkeypatch.setattr("sources.freihand._json_numbers", lambda *_: pytest.fail("was read again"))
     again = index_freihand(tmp_path, "train", "all", cache=tmp_path / "cache")   # one file, every part
     assert np.array_equal(again.columns["joints"][3:6], fresh.columns["joints"])
     assert again.box_source == "joints" and len(again) == 12
@@ -310,7 +315,7 @@ def test_yt3d_cache_notices_frames_that_come(tmp_path, monkeypatch):
     ids = lambda: index_yt3d(tmp_path, "train", cache=tmp_path / "cache").columns["id"].tolist()
     assert ids() == ["900", "901"]
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_index_yt3d", lambda *_: pytest.fail("was read again"))
+        patch.setattr("sources.yt3d._index_yt3d", lambda *_: pytest.fail("was read again"))
         assert ids() == ["900", "901"]
     picture(tmp_path / "youtube/abc/video/frames/12.jpg", 40, 30)
     assert ids() == ["900", "901", "903"]
@@ -496,7 +501,7 @@ def test_ho3d_cache_notices_other_labels(tmp_path, monkeypatch):
     write_ho3d(tmp_path, "train", [meta(0), meta(1)], ["A/0", "A/1"])
     fresh = index_ho3d(tmp_path, cache=tmp_path / "cache")
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_ho3d_label", lambda _: pytest.fail("was read again"))
+        patch.setattr("sources.ho3d._ho3d_label", lambda _: pytest.fail("was read again"))
         again = index_ho3d(tmp_path, cache=tmp_path / "cache")
     assert np.array_equal(again.columns["joints"], fresh.columns["joints"]) and len(again) == 2
     (tmp_path / "train/A/meta/1.pkl").unlink()

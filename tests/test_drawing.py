@@ -4,8 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from common import (CURVE_COLOURS, FINGER_COLOURS, _ticks, curve, draw_mesh, draw_side,
-                             draw_skeleton, label, picture, save_png, sheet)
+from hand.drawing import (
+    CURVE_COLOURS, FINGER_COLOURS, _ticks, curve, draw_mesh, draw_side, draw_skeleton, label,
+    picture, save_png, sheet)
 
 GREY = np.full((120, 120, 3), 128, np.uint8)
 

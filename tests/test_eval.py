@@ -9,7 +9,8 @@ import torch
 
 import eval as judge
 import ti_net
-from common import (Mano, UserError, axis_angle_to_matrix, builtin_hand, guarded, save_checkpoint)
+from common import Mano, UserError, axis_angle_to_matrix, guarded, save_checkpoint
+from hand.builtin import builtin_hand
 
 SMALL = dict(backbone="resnet10", image_size=32)
 

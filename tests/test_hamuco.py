@@ -11,10 +11,22 @@ import torch
 from PIL import Image
 
 import common
+from hand.builtin import builtin_hand
+from sources import open_data
+from sources.freihand import index_freihand
+from sources.index import Index
+from sources.index import hand_labels
+from sources.loader import Hands
+from sources.loader import Views
+from sources.pictures import _hand_detector
+from sources.synthetic import LENGTH
+from sources.synthetic import Synthetic
 import hamuco
-from common import (
-    Rig, UserError, axis_angle_to_matrix, index_cameras, index_hanco, matrix_to_axis_angle, six_d_to_matrix,
-    undistort, undistort_picture)
+from common import UserError, axis_angle_to_matrix, matrix_to_axis_angle, six_d_to_matrix
+from sources import Rig
+from sources.cameras import index_cameras
+from sources.hanco import index_hanco
+from sources.pictures import undistort, undistort_picture
 from hamuco import (
     JOINTS, Attention, Config, Draws, Graph, HaMuCo, Heads, Interaction, View, align, best_rotation,
     coordinates, draw_masks, fuse, loss_2d, loss_c2d, loss_cf, lr_at, opt_center, projections, quiet,
@@ -165,7 +177,7 @@ def test_the_whole_cross_view_network_matches_golden(g, golden):
 
 def test_decoder_poses_the_hand_with_its_mean(g):
     """Oracle: MANO in NumPy with axis-angle plus the mean; joints regressed from the mesh, tips 745 .."""
-    params = dict(common.builtin_hand())
+    params = dict(builtin_hand())
     params["hands_mean"] = 0.1 * np.sin(np.arange(45.0))
     model = HaMuCo(Config(**TINY | dict(data=("hanco",))))
     model.mano = common.Mano(params, "graphormer", EXACT)
@@ -937,14 +949,14 @@ def test_hanco_moments_keep_their_cameras_when_a_picture_is_missing(g, tmp_path)
     hanco_tree(tmp_path, g, missing=(2, 5))
     hanco_tree(tmp_path, g, "0004")
     cfg = Config(data=("hanco",), root=str(tmp_path), cache=str(tmp_path / "cache"), mano="builtin")
-    data = common.open_data(cfg, cfg.data, "train", 64, 2.2, torch.device("cpu"), rig=Rig(8))
+    data = open_data(cfg, cfg.data, "train", 64, 2.2, torch.device("cpu"), rig=Rig(8))
     assert len(data) == 2 and data[0]["view_ok"].tolist() == [True, True, False, True, True, False, True, True]
     batch = next(common.batches(data, [torch.tensor([1, 0])], torch.device("cpu"), 0))
     assert batch["image"].shape == (2, 8, 3, 64, 64) and batch["cameras"].shape == (2, 8, 4, 4)
     near(batch["cameras"][0].double(), g("tri/M_w2c"), 1e-6)
     assert batch["image"][1, 2].max() == 0 and batch["joints"][1, 2].isnan().all()
     assert batch["has"]["cameras"].all() and batch["confidence"].isfinite().all()
-    assert common.open_data(cfg, cfg.data, "train", 64, 2.2, torch.device("cpu"), rig=Rig(3))[0]["K"].shape == (3, 3, 3)
+    assert open_data(cfg, cfg.data, "train", 64, 2.2, torch.device("cpu"), rig=Rig(3))[0]["K"].shape == (3, 3, 3)
     # the crop at 2.2 x 104 px: a point of the picture goes where `crop` and K say
     point = hamuco.project_views(batch["joints"], batch["K"])
     near(point[0], batch["uv"][0], 1e-2)
@@ -966,7 +978,7 @@ def test_hanco_splits_by_sequence_and_tests_on_merged_pictures(g, tmp_path):
 
 
 def test_hanco_poses_are_turned_into_the_camera(g, tmp_path):
-    hand = common.builtin_hand()
+    hand = builtin_hand()
     index = index_hanco(hanco_tree(tmp_path, g), mano={"right": hand})
     mano = common.Mano(hand, dtype=EXACT)
     posed = lambda pose, trans: mano(axis_angle_to_matrix(torch.tensor(pose).double().view(1, 16, 3)),
@@ -986,13 +998,13 @@ def test_labels_are_read_in_both_layouts(tmp_path):
             {"hand_right_keypoints_2d": [0.0] * 63},
             {"hand_right_keypoints_2d": [x for u, v in points for x in (u, v, 0.5)]}]}):
         file.write_text(json.dumps(content))
-        uv, sure = common.hand_labels(file)
+        uv, sure = hand_labels(file)
         assert (uv == points).all() and (sure == 0.5).all()
     file.write_text(json.dumps({"people": []}))
-    assert np.isnan(common.hand_labels(file)[0]).all() and not common.hand_labels(file)[1].any()
+    assert np.isnan(hand_labels(file)[0]).all() and not hand_labels(file)[1].any()
     file.write_text(json.dumps([points[:5], [0.5] * 5]))
     with pytest.raises(UserError, match="a.json: neither"):
-        common.hand_labels(file)
+        hand_labels(file)
 
 
 DIST = [-0.2, 0.1, 0.002, -0.001, 0.02]
@@ -1030,7 +1042,7 @@ def rig_tree(root, unit=None, side="right", labels=True, moving=False, frames=10
 
 def open_tree(root, split="all", views=2):
     index = index_cameras(root, split)
-    return common.Views(common.Hands(index, 64, 2.2), views)
+    return Views(Hands(index, 64, 2.2), views)
 
 
 @pytest.mark.parametrize("unit", [None, 0.04])
@@ -1098,7 +1110,7 @@ def test_a_rig_without_labels_and_without_mediapipe_is_refused(tmp_path, monkeyp
     rig_tree(tmp_path, frames=2)
     shutil.rmtree(tmp_path / "labels")
     monkeypatch.setitem(sys.modules, "mediapipe.python.solutions.hands", None)
-    common._hand_detector.cache_clear()
+    _hand_detector.cache_clear()
     with pytest.raises(UserError, match="needs MediaPipe"):
         index_cameras(tmp_path)
 
@@ -1108,16 +1120,16 @@ def test_a_rig_without_labels_takes_the_surest_hand_of_its_side(tmp_path, monkey
     rig_tree(tmp_path, frames=2)
     shutil.rmtree(tmp_path / "labels")
     hand = lambda side, confidence, x: {"side": side, "confidence": confidence, "uv": np.full((21, 2), x) + np.arange(21)[:, None]}
-    monkeypatch.setattr(common, "detect_hands", lambda picture: [hand("left", 0.9, 5.0), hand("right", 0.5, 9.0)])
+    monkeypatch.setattr("sources.cameras.detect_hands", lambda picture: [hand("left", 0.9, 5.0), hand("right", 0.5, 9.0)])
     columns = index_cameras(tmp_path, "all").columns
     assert np.allclose(columns["confidence"], 0.5)
-    monkeypatch.setattr(common, "detect_hands", lambda picture: [hand("left", 0.9, 5.0), hand("right", 0.4, 9.0)])
+    monkeypatch.setattr("sources.cameras.detect_hands", lambda picture: [hand("left", 0.9, 5.0), hand("right", 0.4, 9.0)])
     assert np.allclose(index_cameras(tmp_path, "all").columns["confidence"], 0.45)          # the other side's counts half
 
 
 def test_label_noise_is_that_of_a_detector_on_the_network_s_crop():
     """About 23 px on a 256 px crop of 1.25 x the box, however wide the stored square is."""
-    data = common.Synthetic(113, 64, part="train", views=2, margin=2.2, calm=True, detector=1.25 / 2.2)
+    data = Synthetic(113, 64, part="train", views=2, margin=2.2, calm=True, detector=1.25 / 2.2)
     batch = data.batch(torch.arange(64))
     error = (batch["uv_label"] - batch["uv"]).norm(dim=-1) * 256 / 64
     assert 18 < float(error.mean()) < 28
@@ -1175,7 +1187,7 @@ def run(folder, *words):
 
 @pytest.fixture()
 def few_tests(monkeypatch):
-    monkeypatch.setitem(common.LENGTH, "test", 16)
+    monkeypatch.setitem(LENGTH, "test", 16)
 
 
 def test_cli_smoke_then_resume_equals_straight_run(tmp_path, few_tests, monkeypatch):
@@ -1239,7 +1251,7 @@ def test_data_without_2d_labels_is_refused_not_taught_the_truth(tmp_path):
     with pytest.raises(UserError, match="has no 2D labels"):
         hamuco.fit(cfg, tmp_path, "hamuco", torch.device("cpu"))
     with pytest.raises(UserError, match="needs data with several calibrated cameras"):
-        hamuco.check_labels(common.Hands(common.Index("x", "x", {"paths": np.zeros(1, "S"), "uv_label": np.zeros((1, 21, 2))}), 32, 2.0),
+        hamuco.check_labels(Hands(Index("x", "x", {"paths": np.zeros(1, "S"), "uv_label": np.zeros((1, 21, 2))}), 32, 2.0),
                             dataclasses.replace(cfg, supervision="triangulated"))
 
 
@@ -1285,7 +1297,7 @@ def test_ours_sv_learns_from_a_detector_s_labels_of_freihand(tmp_path, few_tests
     for i in range(3):                                                   # the fourth hand was not found
         content = [[[100 + j, 90 + i] for j in range(21)], [[0.5]] * 21]
         (root / "training" / "labels" / f"{i:08d}.json").write_text(json.dumps(content))
-    columns = common.index_freihand(root, "train", "gs").columns
+    columns = index_freihand(root, "train", "gs").columns
     assert columns["uv_label"][1, 20].tolist() == [120, 91] and columns["confidence"][:, 0].tolist() == [0.5, 0.5, 0.5, 0]
     assert np.isnan(columns["uv_label"][3]).all()
     hamuco.main([*words, "--out", "b"])

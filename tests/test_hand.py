@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import (GESTURES, HAND_LIMITS, TIPS, builtin_hand, draw_pose, draw_shape, hand_axes,
-                    mano_numpy)
+from common import TIPS, mano_numpy
+from hand.builtin import GESTURES, HAND_LIMITS, builtin_hand, draw_pose, draw_shape, hand_axes
 
 FINGERS = ("thumb", "index", "middle", "ring", "pinky")
 FIRST = dict(index=1, middle=4, pinky=7, ring=10, thumb=13)                 # MANO's joint numbers
@@ -140,7 +140,7 @@ def test_vertices_22_and_95_are_the_middles_of_palm_and_back(hand):
 
 
 def test_joint_regressor_is_exact_at_rest_and_close_under_shape(hand):
-    from common import _surface
+    from hand.builtin import _surface
     R = hand["J_regressor"]
     np.testing.assert_allclose(R.sum(1), 1, atol=1e-12)
     assert R.min() >= 0
@@ -152,7 +152,7 @@ def test_joint_regressor_is_exact_at_rest_and_close_under_shape(hand):
 
 def test_shape_directions_are_the_generators_own(hand):
     """One standard deviation along a direction is the generated hand to a quarter millimetre."""
-    from common import _mesh, _surface
+    from hand.builtin import _mesh, _surface
     order = _mesh().order()
     for k in range(10):
         truth = _surface(0.5 * np.eye(10)[k])[0][order] / 1e3

@@ -22,9 +22,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 import common
+from sources.pictures import _hand_detector
 import handmim
-from common import (Mano, UserError, ViT, axis_angle_to_matrix, builtin_hand, load_backbone,
-                    matrix_to_six_d, rotate_z, rotation, settle, six_d_to_matrix, transform, warp)
+from common import (
+    Mano, UserError, ViT, axis_angle_to_matrix, load_backbone, matrix_to_six_d, rotate_z,
+    rotation, settle, six_d_to_matrix, transform, warp)
+from hand.builtin import builtin_hand
 from handmim import (Config, Decoder, HandMIM, HandNet, Head, PointMlp, View, block_mask, cosine,
                      crop_intrinsics, draw_mask, draw_paths, draw_view, draw_views, finetune_step, lr_at,
                      make_views, move, patch_loss, pose_loss, pretrain_step, pretrain_update, random_mask,
@@ -1109,7 +1112,7 @@ def test_hands_are_cut_from_whole_photos_once(tmp_path, monkeypatch, capsys):
 
 def test_without_mediapipe_one_sentence_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mediapipe.python.solutions.hands", None)
-    common._hand_detector.cache_clear()
+    _hand_detector.cache_clear()
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match="pip install mediapipe"):
         handmim.cut_photos(f"folder:photos={tmp_path}", Config(cache=str(tmp_path)))
@@ -1163,7 +1166,7 @@ def test_pretraining_goes_on_from_a_file_student_and_teacher_alike(tmp_path, mon
 
 def test_cli_finetunes_from_a_pretrained_file_and_writes_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "LENGTH", {"val": 16, "test": 32})
+    monkeypatch.setattr("sources.synthetic.LENGTH", {"val": 16, "test": 32})
     handmim.main([*PRE, "--epochs", "1", "--objective", "ibot", "--out", "pre"])
     assert not (tmp_path / "pre" / "pretrain-ibot" / "recovered.png").exists()          # it has no decoder
     tune = ["--finetune", "synthetic:calm", *SMALL, "--init", "pre/backbone.pt", "--freeze-blocks", "1"]

@@ -11,10 +11,19 @@ import torch
 from PIL import Image
 
 import common
+from hand import hand_mark
+from sources.ho3d import index_ho3d
+from sources.index import Index
+from sources.interhand import INTERHAND_TO_OURS
+from sources.loader import Hands
+from sources.pictures import _hand_detector
+from sources.pictures import detect_hands
+from sources.synthetic import Synthetic
 import eval as judge
 import peclr
 import ti_net
-from common import MANO_TO_OURS, Mano, UserError, axis_angle_to_matrix, builtin_hand, save_checkpoint
+from common import MANO_TO_OURS, Mano, UserError, axis_angle_to_matrix, save_checkpoint
+from hand.builtin import builtin_hand
 from test_data import write_interhand
 from test_data_more import evaluation_label, person, write_coco, write_freihand, write_ho3d
 from test_eval import means, truth
@@ -43,7 +52,7 @@ def run_of(folder, module=ti_net, row=None, seed=0, weights=0, **options):
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("common.LENGTH", {"val": 16, "test": 24})
+    monkeypatch.setattr("sources.synthetic.LENGTH", {"val": 16, "test": 24})
     return tmp_path
 
 
@@ -182,7 +191,7 @@ TIP_FIRST = [0, *(4 * k + j for k in range(5) for j in (4, 3, 2, 1))]
     (lambda x: x / 1000, "divided by 1,000"),
     (lambda x: x[:, MANO_ORDER], "MANO's joint order (index, middle, pinky, ring, thumb, then the tips)"),
     (lambda x: x[:, TIP_FIRST], "joints from tip to base in each finger"),
-    (lambda x: x[:, np.argsort(common.INTERHAND_TO_OURS)], "InterHand2.6M's joint order"),
+    (lambda x: x[:, np.argsort(INTERHAND_TO_OURS)], "InterHand2.6M's joint order"),
     (lambda x: x * torch.tensor([1.0, -1, -1]), "OpenGL axes"),
     (lambda x: x * torch.tensor([1.0, 1, -1]), "depth with the wrong sign"),
     (lambda x: x[..., [1, 2, 0]], "axes named otherwise (z, x, y)"),
@@ -231,7 +240,7 @@ def test_ho3d_is_judged_and_submitted_in_its_order_and_axes(here):
         xyz, verts = map(np.array, json.loads(archive.read("pred.json")))
     assert xyz.shape == (9, 21, 3) and verts.shape == (9, 778, 3) and (xyz[..., 2] < 0).all()
     model, _ = judge.load("run")
-    batch = next(common.batches(common.Hands(common.index_ho3d("d", "test"), peclr.stored_side(peclr.Config(**TINY)),
+    batch = next(common.batches(Hands(index_ho3d("d", "test"), peclr.stored_side(peclr.Config(**TINY)),
                                              peclr.MARGIN), [torch.arange(9)], torch.device("cpu"), 0))
     with torch.no_grad():
         ours = model.eval().predict({key: batch[key] for key in model.USES})["joints"].numpy()
@@ -259,7 +268,7 @@ def test_freihand_is_judged_by_three_protocols(here, monkeypatch, capsys):
     judge.main(["run", "--data", "freihand=d", "--out", "blind", *HERE])
     assert len(results(here / "blind" / "metrics.json", "freihand")["rows"]["ti_net"]) == 4
     assert "mesh, pose and shape are left out: they are MANO's" in capsys.readouterr().out
-    monkeypatch.setattr(common, "_both_hands", lambda mano: {"right": builtin_hand()})
+    monkeypatch.setattr("sources._both_hands", lambda mano: {"right": builtin_hand()})
     judge.main(["run", "--data", "freihand=d", *HERE])
     said = capsys.readouterr().out
     assert "9 samples scored, 0 without truth; boxes from" in said and "the network sees image" in said
@@ -291,7 +300,7 @@ def test_coco_is_judged_in_2d_and_draws_px(here, capsys):
 
 def test_dexycb_s_file_has_a_line_a_frame_in_millimetres_with_left_hands_given_back(tmp_path):
     """image_id, then 63 numbers; the left hand, read mirrored, gets its x back."""
-    index = common.Index("dexycb:s1 test", "", {"paths": np.array([b"a", b"b"]), "image_id": np.array([4, 9])})
+    index = Index("dexycb:s1 test", "", {"paths": np.array([b"a", b"b"]), "image_id": np.array([4, 9])})
     f = truth(2) | {"left": torch.tensor([False, True])}
     kept = {}
     judge.keep(kept, f, submit=True, pairs=False)
@@ -318,7 +327,7 @@ class Moments(torch.utils.data.Dataset):
     box_source = "joints"
 
     def __init__(self):
-        self.moments = [common.Synthetic(32, 16, 0, "test").batch(torch.arange(3 * i, 3 * i + 3)) for i in range(5)]
+        self.moments = [Synthetic(32, 16, 0, "test").batch(torch.arange(3 * i, 3 * i + 3)) for i in range(5)]
 
     def __len__(self):
         return 5
@@ -379,7 +388,7 @@ def test_named_outputs_of_several_views_are_rows_and_missing_views_do_not_count(
 
 
 def test_several_runs_stand_beside_each_other_with_scratch_and_seeds(here, monkeypatch, capsys):
-    monkeypatch.setattr(common, "LENGTH", {"val": 8, "test": 8})
+    monkeypatch.setattr("sources.synthetic.LENGTH", {"val": 8, "test": 8})
     run_of(here / "a", weights=1)
     run_of(here / "b", weights=2, seed=1)
     run_of(here / "c", peclr, weights=3)
@@ -445,7 +454,7 @@ def stand_in_detector(picture):
 def test_photos_give_overlays_json_and_meshes(here, monkeypatch, capsys):
     photos(here / "p")
     run_of(here / "run")
-    monkeypatch.setattr(common, "detect_hands", stand_in_detector)
+    monkeypatch.setattr(judge, "detect_hands", stand_in_detector)
     judge.main(["run", "--images", "p", "--out", "o", "--obj", *HERE])
     said = capsys.readouterr().out
     assert "1 unreadable photos, 1 photos without a hand" in said and "broken.jpg" in said and "none.png" in said
@@ -488,7 +497,7 @@ def test_a_left_hand_in_a_photo_is_the_mirror_image_of_a_right_one(here):
 def test_one_photo_and_nothing_to_find(here, monkeypatch):
     photos(here / "p")
     run_of(here / "run")
-    monkeypatch.setattr(common, "detect_hands", stand_in_detector)
+    monkeypatch.setattr(judge, "detect_hands", stand_in_detector)
     judge.main(["run", "--images", "p/sub/two.png", "--out", "o", *HERE])
     assert len(json.loads((here / "o" / "hands.json").read_text())) == 2
     with pytest.raises(UserError, match="holds no picture of a hand"):
@@ -500,9 +509,9 @@ def test_one_photo_and_nothing_to_find(here, monkeypatch):
 def test_without_mediapipe_one_sentence_says_so(monkeypatch):
     import sys
     monkeypatch.setitem(sys.modules, "mediapipe.python.solutions.hands", None)
-    common._hand_detector.cache_clear()
+    _hand_detector.cache_clear()
     with pytest.raises(UserError, match="needs MediaPipe.*labels.jsonl"):
-        common.detect_hands(np.zeros((8, 8, 3), np.uint8))
+        detect_hands(np.zeros((8, 8, 3), np.uint8))
 
 
 # ---- One's own labels ----
@@ -511,7 +520,7 @@ def test_without_mediapipe_one_sentence_says_so(monkeypatch):
 def own_labels(folder, n):
     """Synthetic hands as somebody's own pictures with a labels.jsonl; every fourth has no 3D."""
     folder.mkdir()
-    data, lines = common.Synthetic(64, n, 0, "train"), []
+    data, lines = Synthetic(64, n, 0, "train"), []
     for k in range(0, n, 40):
         batch = data.batch(torch.arange(k, k + 40))
         for i in range(40):
@@ -581,7 +590,7 @@ def test_a_mesh_s_joints_are_those_of_the_data_set_it_is_tested_on(trained, test
 def test_a_network_with_a_mesh_is_refused_with_another_hand(here):
     run_of(here / "run")
     content = torch.load(here / "run" / "finetune.pt", weights_only=True)
-    save_checkpoint(here / "run" / "finetune.pt", content | {"hand": common.hand_mark("builtin")})
+    save_checkpoint(here / "run" / "finetune.pt", content | {"hand": hand_mark("builtin")})
     judge.load("run")
     save_checkpoint(here / "run" / "finetune.pt", content | {"hand": "00000000"})
     with pytest.raises(UserError, match="its mesh is another hand's than the built-in hand"):

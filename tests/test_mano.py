@@ -25,9 +25,9 @@ import torch
 
 import common
 from common import (
-    MANO_SHAPES, MANO_TO_OURS, TIPS, Mano, UserError, _ChunkedSkin, axis_angle_to_matrix,
-    fix_left_shapedirs, load_mano, mano_numpy, matrix_to_axis_angle, matrix_to_six_d, mirror_mano,
-    mirror_pose, save_mano, six_d_to_matrix)
+    MANO_TO_OURS, TIPS, Mano, UserError, _ChunkedSkin, axis_angle_to_matrix, mano_numpy,
+    matrix_to_axis_angle, matrix_to_six_d, mirror_pose, six_d_to_matrix)
+from hand.official import MANO_SHAPES, fix_left_shapedirs, load_mano, mirror_mano, save_mano
 
 GOLDEN = Path(__file__).parent / "golden"
 # sha256 of each array's bytes as Python 2.7, chumpy and scipy themselves evaluate the file.
@@ -107,7 +107,7 @@ def test_official_format_decodes_bit_exactly_and_keeps_float64(params):
 
 def test_reading_imports_neither_chumpy_nor_scipy(fixture_path):
     code = ("import sys\n"
-            f"from {common.__name__} import load_mano\n"
+            "from hand.official import load_mano\n"
             "before = set(sys.modules)\n"
             f"load_mano({str(fixture_path)!r})\n"
             "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"

@@ -7,8 +7,12 @@ import pytest
 import torch
 
 import common
-from common import (UserError, auc, epe, f_score, mpjpe, n_mpjpe, pa_mpjpe, pck_2d,
-                             pck_curve, procrustes, score, summarise)
+from hand.builtin import builtin_hand
+from sources.judging import mean_hand
+from sources.judging import mean_pose_scores
+from common import (
+    UserError, auc, epe, f_score, mpjpe, n_mpjpe, pa_mpjpe, pck_2d, pck_curve, procrustes,
+    score, summarise)
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "metrics.npz")
 SKEW = torch.tensor([[0.0, 1, 2], [-1, 0, 3], [-2, -3, 0]], dtype=torch.float64)
@@ -373,7 +377,7 @@ def labels():
 
 
 def test_the_mean_hand_is_rooted_and_its_rotation_is_nearest_to_the_mean_matrix():
-    mean = common.mean_hand(labels())
+    mean = mean_hand(labels())
     assert mean["pose"].abs().max() < 1e-6 and torch.allclose(mean["shape"], torch.full((10,), 2.0))
     assert (mean["joints"][0] == 0).all() and torch.allclose(mean["joints"][1:, 0], torch.tensor(0.2))
     assert (mean["uv"] == 0.25).all() and mean["labels"] == 2
@@ -381,11 +385,11 @@ def test_the_mean_hand_is_rooted_and_its_rotation_is_nearest_to_the_mean_matrix(
 
 def test_the_mean_pose_row_judges_mean_joints_raw_and_the_mean_hand_aligned():
     data = labels()
-    hand = common.Mano(common.builtin_hand())
+    hand = common.Mano(builtin_hand())
     flat = hand.joints(torch.eye(3).expand(1, 16, 3, 3), torch.full((1, 10), 2.0))[0]
     data.numbers["joints"][0] = 2 * flat + 5                       # aligned, it is the mean hand itself
-    mean = common.mean_hand(labels())
-    scores = common.mean_pose_scores(mean, data, hand)
+    mean = mean_hand(labels())
+    scores = mean_pose_scores(mean, data, hand)
     assert scores["pa_mpjpe_mm"][0] < 1e-2 and scores["pa_mpjpe_mm"][2].isnan()
     assert scores["mpjpe_mm"][1] == pytest.approx(1000 * 0.1 * 20 / 21, rel=1e-5)
     assert scores["epe_2d_px"][1] == 0
@@ -423,5 +427,5 @@ def test_mean_hand_looks_at_the_whole_of_a_sorted_data_set():
             return {"pose": torch.full((len(index), 48), math.nan), "shape": torch.zeros(len(index), 10), "joints": joints,
                     "uv": torch.zeros(len(index), 21, 2), "side_px": torch.ones(len(index))}
 
-    from common import mean_hand
+    from sources.judging import mean_hand
     assert float(mean_hand(Sorted(), 2)["joints"][1, 0]) == pytest.approx(2.0)

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 
 import peclr
-from common import Synthetic, load_backbone, open_data, rotation, training_steps, translation
+from common import load_backbone, rotation, training_steps, translation
+from sources import open_data
+from sources.synthetic import Synthetic
 from peclr import (BEST, CONVENTIONS, RELEASED, Config, HandNet, Lars, PeCLR, View, cut_out, draw_view,
                    hand_circle, hand_view, jitter_hsv, lift, load_released, lr_at, make_views, mixed_order,
                    nt_xent, pose_25d, pose_loss, pretrain_step, root_depth, sobel, swap_root, undo_view)
@@ -483,6 +485,7 @@ WORKER = """
 import sys, torch
 sys.path.insert(0, {root!r})
 import common, peclr
+from sources.synthetic import LENGTH
 torch.set_num_threads(1)
 device = common.start("cpu")
 cfg = peclr.Config(backbone="resnet10", image_size=32, batch_size=8, micro_batch=2, workers=0)
@@ -812,7 +815,7 @@ def test_refinement_does_not_reach_the_encoder(hands):
 
 
 def test_the_head_starts_at_the_training_set_s_mean(tmp_path):
-    from common import mean_hand
+    from sources.judging import mean_hand
     data = Synthetic(48, 64, 0, "train", calm=True, margin=peclr.MARGIN)
     model = HandNet(Config(**TINY))
     peclr.start_at_mean(model, data, mean_hand(data))
@@ -875,7 +878,7 @@ def test_a_run_broken_off_repeats_a_straight_one_exactly(tmp_path, monkeypatch):
 def test_fine_tuning_ends_in_a_table_and_eval_judges_it_and_a_random_encoder_frozen_by_the_command_is_settled(tmp_path, monkeypatch, capsys):
     import eval as judge
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("common.LENGTH", {"val": 16, "test": 32})
+    monkeypatch.setattr("sources.synthetic.LENGTH", {"val": 16, "test": 32})
     peclr.main(["--data", "synthetic:calm", *TUNE, "--cache", "c", "--epochs", "0", "--out", "pre"])
     tune = [*TUNE, "--finetune", "synthetic:calm", "--init", "pre/backbone.pt", "--cache", "c", "--epochs", "1"]
     peclr.main([*tune, "--out", "tuned"])

@@ -4,9 +4,10 @@ import pytest
 import torch
 from PIL import Image
 
-from common import (Cached, Light, Mano, Synthetic, UserError, axis_angle_to_matrix, builtin_hand,
-                    draw_pose, noisy_labels, project, rasterise, render, shade, studio,
-                    vertex_normals, visible_joints)
+from common import Mano, UserError, axis_angle_to_matrix, project
+from hand.builtin import builtin_hand, draw_pose
+from hand.render import Light, rasterise, render, shade, studio, vertex_normals, visible_joints
+from sources.synthetic import Cached, Synthetic, noisy_labels
 
 PALM = torch.tensor([[0.0, 0, 1], [1, 0, 0], [0, 1, 0]])        # palm to the camera, fingers up
 

@@ -13,12 +13,16 @@ import pytest
 import torch
 
 import common
+from sources import open_data
+from sources.judging import evaluate
 import hamuco
 import handmim
 import peclr
 import ti_net
-from common import (Log, UserError, load_checkpoint, open_out, parse, save_checkpoint, settle,
-                    share, steps_per_epoch, table, training_steps, write_results)
+from common import (
+    Log, UserError, load_checkpoint, open_out, parse, save_checkpoint, settle, share,
+    steps_per_epoch, training_steps)
+from sources.judging import table, write_results
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--data", "synthetic:calm", "--samples", "48", "--backbone", "resnet10", "--image-size", "32",
@@ -263,10 +267,10 @@ def test_an_epoch_visits_samples_once_and_goes_on_where_it_stopped(n, workers):
 
 
 def test_micro_batches_must_be_shared_evenly(monkeypatch):
-    monkeypatch.setattr(common, "world", lambda: 3)
+    monkeypatch.setattr("common.world", lambda: 3)
     with pytest.raises(UserError, match="take 1, 2, 4 processes"):
         share(68, 17)
-    monkeypatch.setattr(common, "rank", lambda: 2)
+    monkeypatch.setattr("common.rank", lambda: 2)
     assert list(share(48, 8)) == [4, 5]
 
 
@@ -276,7 +280,7 @@ def test_synthetic_hands_and_a_folder_make_one_data_set(tmp_path):
     for k in range(3):
         Image.new("RGB", (50, 40), (80 * k, 0, 0)).save(tmp_path / "photos" / f"{k}.png")
     cfg = ti_net.Config(samples=5, cache=str(tmp_path / "cache"), workers=0)
-    both = common.open_data(cfg, ("synthetic:calm", f"folder={tmp_path / 'photos'}"), "train", 32, 1.7,
+    both = open_data(cfg, ("synthetic:calm", f"folder={tmp_path / 'photos'}"), "train", 32, 1.7,
                             torch.device("cpu"))
     assert len(both) == 8
     batch = next(common.batches(both, [torch.tensor([6, 1, 7])], torch.device("cpu"), 0))
@@ -287,7 +291,7 @@ def test_synthetic_hands_and_a_folder_make_one_data_set(tmp_path):
 
 def test_scoring_an_empty_data_set_gives_no_scores():
     model = torch.nn.Module()
-    assert common.evaluate(model, Numbers(0), ti_net.Config(workers=0), torch.device("cpu")) == {}
+    assert evaluate(model, Numbers(0), ti_net.Config(workers=0), torch.device("cpu")) == {}
 
 
 # ---- Whole runs

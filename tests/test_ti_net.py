@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import ti_net
-from common import Mano, axis_angle_to_matrix, builtin_hand, transform
+from common import Mano, axis_angle_to_matrix, transform
+from hand.builtin import builtin_hand
 from ti_net import (Config, Element, HandNet, Operators, TINet, collapse_monitors, compose,
                     constraint_plan, distance, finetune_step, hand_view, lr_at, make_views,
                     ordinary_loss, pretrain_step, rotation_loss, secondary_loss, view_transforms)

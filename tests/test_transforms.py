@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 
-from common import (bits, centre, crop, flip, invert, normal, permutation, rotate_z, rotation, scale,
-                    transform, translation, uniform, warp)
+from common import (
+    bits, centre, crop, flip, invert, normal, permutation, rotate_z, rotation, scale,
+    transform, translation, uniform, warp)
 
 def points(*xy):
     return torch.tensor([xy], dtype=torch.float64)

@@ -1,0 +1,54 @@
+"""coco: reader of its official layout."""
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+# common before torch: it settles how threads wait
+from common import N_JOINTS, UserError
+from sources.index import Index, _cached, _drop_missing, _folder, _paths, _stamp
+
+import numpy as np
+
+
+def index_coco(root: str | Path, split: str = "train", cache: str | Path | None = None) -> Index:
+    """COCO-WholeBody's hands (jin-s13/COCO-WholeBody v1.0), one row a hand with a valid box.
+
+    annotations/coco_wholebody_SPLIT_v1.0.json over the pictures of train2017 and val2017; the
+    annotators split it into train and val only. A key point counts where its v, which may be a
+    fraction, is above 0; boxes are annotated, tight around the hand, left and right as annotated.
+    No 3D. Left out and counted: hands that are valid but have no box, missing pictures.
+    Columns for scores: annotation_id, image_id. UserError: a missing or foreign annotation file.
+    """
+    root, file = _folder(root, "coco"), f"annotations/coco_wholebody_{split}_v1.0.json"
+    if not (root / file).is_file():
+        raise UserError(f"coco: {root / file} is missing: it is COCO-WholeBody's, beside COCO 2017")
+    key = ("coco", os.path.realpath(root), file, _stamp(root, [file]))
+    return _drop_missing(_cached(cache, key, lambda: _index_coco(root, file, split)))
+
+
+def _index_coco(root: Path, file: str, split: str) -> Index:
+    """`index_coco` without the cache."""
+    rows = []
+    try:
+        content = json.loads((root / file).read_bytes())
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        for note in content["annotations"]:
+            for side in ("left", "right"):
+                if note[f"{side}hand_valid"]:
+                    points = np.array(note[f"{side}hand_kpts"], float).reshape(N_JOINTS, 3)
+                    box = np.array(note[f"{side}hand_box"], float).reshape(4)
+                    rows.append((f"{split}2017/{names[note['image_id']]}", f"{note['id']}-{side}", side,
+                                 points, box, note["id"], note["image_id"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"coco: {root / file} is not as published ({type(error).__name__}: {error})"
+                        ) from error
+    if not rows:
+        raise UserError(f"coco: {root / file} has no valid hand")
+    paths, ids, side, points, box, notes, images = map(np.array, zip(*rows))
+    uv = np.where(points[..., 2:] > 0, points[..., :2], np.nan)
+    index = Index(f"coco {split}", str(root), {
+        "paths": _paths(paths.tolist()), "side": side, "id": ids, "uv": uv.astype(np.float32),
+        "box": box.astype(np.float32), "annotation_id": notes, "image_id": images}, "annotated")
+    return index.drop(~(np.isfinite(box).all(1) & (box[:, 2:] > 0).all(1)), "valid hands without a box")

@@ -1,0 +1,146 @@
+"""dexycb: reader of its official layout."""
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from pathlib import Path
+
+# common before torch: it settles how threads wait
+from common import N_JOINTS, UserError
+from sources.index import (
+    UNLABELLED, Index, _cached, _drop_missing, _folder, _mano_stamp, _note_poses, _paths,
+    _stamp, tight_box)
+
+import numpy as np
+from tqdm import tqdm
+
+
+# DexYCB: layout, order and subsets are those of the official tool kit (dex-ycb-toolkit 64551b0).
+
+
+def dexycb_split(part: str, split: str) -> tuple[list[int], list[int], list[int]]:
+    """The official subsets: subjects of 0-9, sequences of a subject's 0-99, cameras of 0-7.
+
+    s0 holds out every fifth sequence (subjects 0 and 1 for val, the others for test), s1 subjects,
+    s2 cameras, s3 grasped objects, each of which has five sequences in a row.
+    """
+    which = ("train", "val", "test").index(split)
+    subjects, sequences, cameras = range(10), range(100), range(8)
+    if part == "s0":
+        subjects = (range(10), range(2), range(2, 10))[which]
+        sequences = [i for i in sequences if (i % 5 == 4) != (split == "train")]
+    elif part == "s1":
+        subjects = ((0, 1, 2, 3, 4, 5, 9), (6,), (7, 8))[which]
+    elif part == "s2":
+        cameras = (range(6), (6,), (7,))[which]
+    elif part == "s3":
+        group = {3: 1, 19: 1, 7: 2, 11: 2, 15: 2}                  # of the object; the others train
+        sequences = [i for i in sequences if group.get(i // 5, 0) == which]
+    else:
+        raise UserError(f"dexycb has the parts s0, s1, s2, s3, not {part!r}")
+    return [*subjects], [*sequences], [*cameras]
+
+
+def index_dexycb(root: str | Path, split: str = "train", part: str = "s0", mano: dict | None = None,
+                 cache: str | Path | None = None, unlabelled: bool = False) -> Index:
+    """DexYCB in its official layout; joints are joint_3d (manopth's tips), boxes tight joint_2d.
+
+    `mano` holds the user's own {"right": load_mano(..), "left": ..}: pose_m is 45 PCA coefficients
+    of the hand's side, so without that file pose and trans stay NaN and a note says so. (The mirror
+    image of trans is the right hand's up to shapedirs, which the left file has unmirrored.)
+    Left out and counted: frames without picture or label, broken and NaN labels, unlabelled ones
+    (all -1), and in training hands wholly outside the picture; val and test keep these, as the tool
+    kit scores every labelled frame. Column image_id is the tool kit's number of the frame, outside
+    (bool) marks hands outside. UserError: another layout, a subject without its 100 sequences.
+    `unlabelled` keeps the unlabelled ones as TI-Net's authors read them: the mean pose unturned, a
+    box of no size at (-1, -1), but no joints.
+    """
+    root, folders = _folder(root, "dexycb"), []
+    subjects, sequences, cameras = dexycb_split(part, split)
+    for subject in subjects:
+        home = sorted(root.glob(f"*-subject-{subject + 1:02d}"))
+        found = sorted(file.parent for file in home[0].glob("*/meta.yml")) if home else []
+        if len(found) != 100:                                      # stray files hold no meta.yml
+            raise UserError(f"dexycb: {root}/*-subject-{subject + 1:02d} must hold 100 sequences, "
+                            f"each with a meta.yml, for the official splits; it has {len(found)}")
+        folders += [found[i] for i in sequences]
+    below = [str(file.relative_to(root)) for folder in folders for file in folder.glob("*")]
+    key = ("dexycb", os.path.realpath(root), part, split, _stamp(root, below), _mano_stamp(mano))
+    name = f"dexycb:{part} {split}"
+    index = _cached(cache, key, lambda: _index_dexycb(name, root, folders, cameras, mano))
+    for reason in sorted(set(index.columns["reason"].tolist()) - {""}):
+        if not (unlabelled and reason == UNLABELLED):
+            index = index.drop(index.columns["reason"] == reason, reason)
+    index = _drop_missing(index)
+    outside = index.columns["outside"]
+    if split == "train":
+        index = index.drop(outside, "hands outside the picture")
+    elif outside.any():
+        index.notes.append(f"{outside.sum()} hands outside the picture are kept: they are scored")
+    return _note_poses(index)
+
+
+def _dexycb_label(file: Path) -> tuple[str, np.ndarray]:
+    """Why a frame is left out or "", and its (156,) joint_3d m, joint_2d px, pose_m."""
+    try:
+        with np.load(file) as label:
+            sizes = (("joint_3d", 63), ("joint_2d", 42), ("pose_m", 51))
+            values = np.concatenate([label[key].reshape(n) for key, n in sizes])
+    except FileNotFoundError:
+        return "frames without a label file", np.full(156, np.nan)
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+        return "frames with a broken label file", np.full(156, np.nan)
+    if (values[:63] == -1).all():
+        return UNLABELLED, values
+    return "" if np.isfinite(values).all() else "frames with NaN labels", values
+
+
+def _dexycb_frames(root: Path, folder: Path, cameras: list[int]) -> dict[str, np.ndarray]:
+    """Columns of a sequence: camera by camera in the order of serials, frame by frame."""
+    import yaml                                                    # only this data set needs PyYAML
+
+    read = lambda *parts: yaml.safe_load(Path(*parts).read_text())
+    rows = []
+    try:
+        meta, calibration = read(folder, "meta.yml"), root / "calibration"
+        side, serials = meta["mano_sides"][0], sorted(meta["serials"])
+        shape = read(calibration, f"mano_{meta['mano_calib'][0]}", "mano.yml")["betas"]
+        for serial in [serials[camera] for camera in cameras]:
+            k = read(calibration, "intrinsics", f"{serial}_640x480.yml")["color"]
+            K = [[k["fx"], 0, k["ppx"]], [0, k["fy"], k["ppy"]], [0, 0, 1]]
+            below = (folder / serial).relative_to(root).as_posix()
+            for frame in range(meta["num_frames"]):
+                reason, values = _dexycb_label(root / below / f"labels_{frame:06d}.npz")
+                rows.append((reason, values, f"{below}/color_{frame:06d}.jpg", side, K, shape))
+    except (OSError, yaml.YAMLError, KeyError, TypeError, IndexError, ValueError) as error:
+        raise UserError(f"dexycb: {folder}: meta.yml or what it names in calibration/ is not as "
+                        f"published ({type(error).__name__}: {error})") from error
+    names = ("reason", "values", "path", "side", "K", "shape")
+    return {name: np.array(column) for name, column in zip(names, zip(*rows))}
+
+
+def _index_dexycb(name: str, root: Path, folders: list[Path], cameras: list[int],
+                  mano: dict | None) -> Index:
+    """`index_dexycb` without the cache."""
+    found = [_dexycb_frames(root, folder, cameras) for folder in tqdm(folders, "reading dexycb")]
+    column = {name: np.concatenate([one[name] for one in found]) for name in found[0]}
+    joints, uv, pose_m = np.split(column["values"].astype(float), (63, 105), 1)
+    uv = uv.reshape(-1, N_JOINTS, 2)
+    empty = column["reason"] == UNLABELLED
+    pose, trans = np.full((len(uv), 48), np.nan), np.full((len(uv), 3), np.nan)
+    for side, hand in (mano or {}).items():
+        rows = (column["side"] == side) & (pose_m.any(1) | empty)
+        fingers = pose_m[rows, 3:48] @ hand["hands_components"] + hand["hands_mean"]
+        pose[rows] = np.concatenate([pose_m[rows, :3], fingers], 1)
+        trans[rows] = pose_m[rows, 48:]
+    outside = ~((uv >= -0.5) & (uv <= [639.5, 479.5])).all(-1).any(-1) & ~empty
+    box = np.where(empty[:, None], (-1.0, -1.0, 0.0, 0.0), tight_box(uv))
+    joints[empty], uv[empty] = np.nan, np.nan
+    numbers = {"box": box, "K": column["K"], "joints": joints.reshape(-1, N_JOINTS, 3), "uv": uv,
+               "pose": pose, "shape": column["shape"], "trans": trans}
+    index = Index(name, str(root), {
+        "paths": _paths(column["path"].tolist()), "side": column["side"],
+        **{name: value.astype(np.float32) for name, value in numbers.items()},
+        "image_id": np.arange(len(uv)), "outside": outside, "reason": column["reason"]}, "joints")
+    return index

@@ -1,0 +1,173 @@
+"""ho3d: reader of its official layout."""
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+# common before torch: it settles how threads wait
+from common import (
+    MANO_TO_OURS, N_JOINTS, N_VERTS, UserError, axis_angle_to_matrix, matrix_to_axis_angle)
+from hand.official import _PICKLE_NAMES, _read_pickle, _Recorded, _Recorder, _value
+from sources.index import (
+    UNLABELLED, Index, _cached, _drop_missing, _folder, _json_numbers, _mano_stamp,
+    _note_poses, _nothing, _paths, _stamp, tight_box)
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+
+# HO3D v2 and v3: layout, axes and joint order are those of shreyashampali/ho3d 2fd6ee1.
+
+OPENGL = np.diag([1.0, -1.0, -1.0])               # x right, y up, z backward <-> our camera frame
+HO3D = {"handJoints3D": (N_JOINTS, 3), "handPose": (48,), "handTrans": (3,), "handBeta": (10,),
+        "camMat": (3, 3), "handBoundingBox": (4,)}
+
+
+class _LabelRecorder(_Recorder):
+    """The same for a file of labels: arrays, strings and numbers, and no class of chumpy or scipy."""
+
+    def find_class(self, module: str, name: str) -> type:
+        full = f"{module}.{name}"
+        if full in ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"):
+            return type("scalar", (_Recorded,), {"kind": "scalar"})      # may be there, is never read
+        if _PICKLE_NAMES.get(full) not in ("array", "buffer", "ndarray", "dtype", "bytes"):
+            raise UserError(f"names {full[:99]!r}, which no label needs; refused, and nothing in "
+                            "the file was run")
+        return super().find_class(module, name)
+
+
+def index_ho3d(root: str | Path, split: str = "train", mano: dict | None = None,
+               cache: str | Path | None = None) -> Index:
+    """HO3D v2 (or v3, in .jpg) as published: the frames of train.txt or, as test, evaluation.txt.
+
+    Right hands, in our axes: x' = F x with F = diag(1, -1, -1). handPose is the whole pose (MANO's
+    mean is in it), its wrist turned by F; the hand turns about J0(shape), so trans' is
+    F (J0 + trans) - J0, known with the user's own mano["right"], and a note says so. Training boxes
+    are tight around the joints; the evaluation has its own. There only the wrist is annotated,
+    column root (N, 3) m; joints and verts come from evaluation_xyz.json and _verts.json, if they lie
+    in the folder (released in November 2024), else they are NaN. Rows keep the order of the list and
+    of pred.json, image_id is the place in it. No validation split. Labels are pickles, read without
+    running them. Left out and counted: frames without picture or label, broken and empty labels.
+    UserError: a missing list, a label that asks for code, truth that belongs to other frames.
+    """
+    root, home = _folder(root, "ho3d"), "evaluation" if split == "test" else "train"
+    if split == "val":
+        return _nothing("ho3d val", root, "ho3d has no validation split")
+    if not (root / f"{home}.txt").is_file():
+        raise UserError(f"ho3d: {root / home}.txt is missing, which lists the frames that count")
+    frames = [line.split("/") for line in (root / f"{home}.txt").read_text().split()]
+    if not frames or {*map(len, frames)} != {2}:
+        raise UserError(f"ho3d: {root / home}.txt must have one SEQUENCE/FRAME a line")
+    labels = [f"{home}/{sequence}/meta/{frame}.pkl" for sequence, frame in frames]
+    truth = [f"{home}_{kind}.json" for kind in ("xyz", "verts") if split == "test"]
+    files = [file for file in (f"{home}.txt", *truth, *labels) if (root / file).is_file()]
+    key = ("ho3d", os.path.realpath(root), split, _stamp(root, files), _mano_stamp(mano))
+    index = _cached(cache, key, lambda: _index_ho3d(root, home, labels, mano))
+    for reason in sorted(set(index.columns["reason"].tolist()) - {""}):
+        index = index.drop(index.columns["reason"] == reason, reason)
+    index = _drop_missing(_png_or_jpg(index))
+    return index if split == "test" else _note_poses(index)
+
+
+def _png_or_jpg(index: Index) -> Index:
+    """The same with .jpg paths where that picture is there and the .png is not."""
+    there, found = {}, []
+    for path in index.columns["paths"].tolist():
+        folder, name = os.path.split(os.fsdecode(path))
+        if folder not in there:
+            full = Path(index.root, folder)
+            there[folder] = set(os.listdir(full)) if full.is_dir() else set()
+        other = Path(name).with_suffix(".jpg").name
+        jpg = name not in there[folder] and other in there[folder]
+        found.append(f"{folder}/{other if jpg else name}")
+    return dataclasses.replace(index, columns=index.columns | {"paths": _paths(found)})
+
+
+def _ho3d_label(file: Path) -> tuple[str, dict[str, np.ndarray]]:
+    """Why a frame is left out or "", and its numbers by the names in HO3D, NaN where not given.
+
+    In the evaluation handJoints3D is the wrist alone, which fills the first joint.
+    """
+    values = {key: np.full(dims, np.nan) for key, dims in HO3D.items()}
+    try:
+        meta = _read_pickle(file.read_bytes(), _LabelRecorder)
+        given = {key: _value(meta[key]) for key in HO3D if meta.get(key) is not None}
+        if "handJoints3D" not in given or "camMat" not in given:
+            return UNLABELLED, values
+        for key, value in given.items():
+            value = np.asarray(value, float)
+            if key == "handJoints3D" and value.shape in ((3,), (1, 3)):
+                values[key][0] = value
+            else:
+                values[key] = value.reshape(HO3D[key])
+    except FileNotFoundError:
+        return "frames without a label file", values
+    except UserError as error:
+        raise UserError(f"ho3d: {file}: {error}") from None
+    except Exception:                    # bytes that are no pickle can fail anywhere in the decoder
+        return "frames with a broken label file", {key: np.full(dims, np.nan)
+                                                   for key, dims in HO3D.items()}
+    known = np.concatenate([values[key].ravel()[:3] for key in ("handJoints3D", "camMat")])
+    return "" if np.isfinite(known).all() else "frames with NaN labels", values
+
+
+def _index_ho3d(root: Path, home: str, labels: list[str], mano: dict | None) -> Index:
+    """One row a line of the list: all that `index_ho3d` reads from the labels."""
+    read = [_ho3d_label(root / file) for file in tqdm(labels, "reading ho3d",
+                                                      disable=len(labels) < 2000)]
+    column = {key: np.array([values[key] for _, values in read]) for key in HO3D}
+    n, evaluation = len(read), home == "evaluation"
+    root_joint = column["handJoints3D"][:, 0] @ OPENGL
+    truth, notes = {"xyz": column["handJoints3D"]}, []
+    if evaluation:
+        truth, notes = _ho3d_truth(root, root_joint)
+    joints = truth["xyz"][:, MANO_TO_OURS] @ OPENGL
+    K, pose = column["camMat"], column["handPose"].copy()
+    wrist = torch.tensor(OPENGL) @ axis_angle_to_matrix(torch.tensor(pose[:, :3]))
+    pose[:, :3] = matrix_to_axis_angle(wrist).numpy()
+    trans = np.full((n, 3), np.nan)
+    if "right" in (mano or {}):
+        hand = mano["right"]
+        J0 = column["handBeta"] @ np.einsum("m,mcs->sc", hand["J_regressor"][0], hand["shapedirs"])
+        J0 += hand["J_regressor"][0] @ hand["v_template"]
+        trans = (J0 + column["handTrans"]) @ OPENGL - J0
+    elif not evaluation:
+        notes.append("trans is not known: it needs the MANO file")
+    uv = joints @ K.transpose(0, 2, 1)
+    uv = uv[..., :2] / uv[..., 2:]
+    given = column["handBoundingBox"]
+    given = np.concatenate([given[:, :2], given[:, 2:] - given[:, :2]], 1)        # x1 y1 x2 y2
+    box = given if evaluation else tight_box(uv)
+    numbers = {"box": box, "K": K, "joints": joints, "uv": uv, "pose": pose,
+               "shape": column["handBeta"], "trans": trans, "root": root_joint}
+    numbers |= {"verts": truth["verts"] @ OPENGL} if "verts" in truth else {}
+    pictures = [label.replace("/meta/", "/rgb/").replace(".pkl", ".png") for label in labels]
+    return Index(f"ho3d {'test' if evaluation else 'train'}", str(root), {
+        "paths": _paths(pictures), "side": np.full(n, "right"), "image_id": np.arange(n),
+        "reason": np.array([reason for reason, _ in read]),
+        **{name: value.astype(np.float32) for name, value in numbers.items()}},
+        "annotated" if evaluation else "joints", notes=notes)
+
+
+def _ho3d_truth(root: Path, wrists: np.ndarray) -> tuple[dict[str, np.ndarray], list[str]]:
+    """xyz (N, 21, 3) and, if there, verts of the evaluation, HO3D's axes and order, m; notes.
+
+    Its first joint must be the labels' wrist (N, 3) m: else it is of other frames or in other axes.
+    """
+    found, notes = {"xyz": np.full((len(wrists), N_JOINTS, 3), np.nan)}, []
+    for kind, dims in (("xyz", (N_JOINTS, 3)), ("verts", (N_VERTS, 3))):
+        file = root / f"evaluation_{kind}.json"
+        if not file.is_file():
+            notes.append(f"{file} is not there, so {kind} cannot be scored")
+            continue
+        found[kind] = _json_numbers(file, dims)
+        if len(found[kind]) != len(wrists):
+            raise UserError(f"ho3d: {file} has {len(found[kind]):,} entries, evaluation.txt "
+                            f"{len(wrists):,} frames")
+    apart = np.linalg.norm(found["xyz"][:, 0] @ OPENGL - wrists, axis=-1)
+    if np.isfinite(apart).any() and np.nanmedian(apart) > 0.01:
+        raise UserError(f"ho3d: {root}/evaluation_xyz.json lies {1000 * np.nanmedian(apart):.0f} mm "
+                        "from the wrists in evaluation/*/meta: it is of other frames or in other axes")
+    return found, notes

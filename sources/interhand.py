@@ -1,0 +1,134 @@
+"""interhand: reader of its official layout."""
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+# common before torch: it settles how threads wait
+from common import N_JOINTS, UserError, axis_angle_to_matrix, matrix_to_axis_angle
+from hand.official import mirror_mano
+from sources.index import (
+    Index, _cached, _drop_missing, _folder, _mano_stamp, _note_poses, _paths, _stamp, tight_box)
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+
+# InterHand2.6M v1.0: layout and order are those of facebookresearch/InterHand2.6M 5d0e456.
+
+INTERHAND_TO_OURS = (20, 3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12, 19, 18, 17, 16)
+
+
+def index_interhand(root: str | Path, split: str = "train", part: str = "all",
+                    mano: dict | None = None, cache: str | Path | None = None) -> Index:
+    """InterHand2.6M v1.0, one row an annotated hand: two where hands interact.
+
+    Parts: all, single, interacting (the picture's hand_type); H and M (human, machine annotation)
+    need the authors' list aid_human_annot_SPLIT.txt beside the annotations. Joints go from world mm
+    to camera m by R (X - campos). Left out and counted: missing pictures, pictures without 3D,
+    hands without a valid wrist (then no joint is valid) and with NaN. Boxes are tight around the
+    joints. NeuralAnnot poses get the hand's mean and turn into the camera about J_0(shape), both
+    from the user's own mano["right"] (the left hand is its mirror image: the fixed shapedirs);
+    without it pose and trans stay NaN and a note says so. Columns for official scores:
+    annotation_id, image_id, capture, frame, camera, hand_type, hand_type_valid, bbox (all hands').
+    UserError: a missing or foreign annotation file.
+    """
+    root = _folder(root, "interhand")
+    if part not in ("all", "single", "interacting", "H", "M"):
+        raise UserError(f"interhand has the parts all, single, interacting, H, M, not {part!r}")
+    home = f"annotations/{split}/InterHand2.6M_{split}_"
+    files = [home + f"{name}.json" for name in ("data", "camera", "joint_3d", "MANO_NeuralAnnot")]
+    files += [f"annotations/{split}/aid_human_annot_{split}.txt"] * (part in ("H", "M"))
+    for file in files:
+        if not (root / file).is_file():
+            raise UserError(f"interhand: {root / file} is missing (layout of v1.0)")
+    key = ("interhand", os.path.realpath(root), part, _stamp(root, files), _mano_stamp(mano))
+    name = f"interhand:{part} {split}"
+    index = _cached(cache, key, lambda: _index_interhand(name, root, split, part, files, mano))
+    return _note_poses(_drop_missing(index))
+
+
+def _interhand_hands(note: dict, image: dict, path: str, tables: list[dict]) -> list[dict | str]:
+    """A picture's annotated hands, and the reasons where something is left out."""
+    cameras, frames, fits = tables
+    capture, camera, frame = str(image["capture"]), str(image["camera"]), str(image["frame_idx"])
+    if frame not in frames.get(capture, {}):
+        return ["pictures without 3D joints"]
+    ok = np.array(note["joint_valid"], bool).reshape(2, N_JOINTS)
+    world = np.array(frames[capture][frame]["world_coord"], float).reshape(2, N_JOINTS, 3)
+    found = []
+    for number, side in enumerate(("right", "left")):
+        if not ok[number, 20]:                                     # its wrist
+            found += ["hands without a valid wrist"] * (note["hand_type"] in (side, "interacting"))
+            continue
+        fit = (fits.get(capture, {}).get(frame) or {}).get(side) or {}
+        found.append({
+            "path": path, "id": f"{note['id']}-{side}", "side": side, "ok": ok[number],
+            "world": world[number], "R": cameras[capture]["camrot"][camera],
+            **{key: cameras[capture][key][camera] for key in ("campos", "focal", "princpt")},
+            **{key: np.reshape(fit.get(key, np.full(n, np.nan)), n)
+               for key, n in (("pose", 48), ("shape", 10), ("trans", 3))},
+            "annotation_id": note["id"], "image_id": note["image_id"], "capture": capture,
+            "frame": frame, "camera": camera, "bbox": note["bbox"], "hand_type": note["hand_type"],
+            "hand_type_valid": note["hand_type_valid"]})
+    return found
+
+
+def _interhand_pose(column: dict[str, np.ndarray], mano: dict | None) -> tuple:
+    """pose (N, 48) with the mean and trans (N, 3) m, world to camera; NaN without MANO."""
+    pose, trans = np.full_like(column["pose"], np.nan), np.full_like(column["trans"], np.nan)
+    if "right" not in (mano or {}):
+        return pose, trans
+    for side, hand in (("right", mano["right"]), ("left", mirror_mano(mano["right"]))):
+        rows, J = column["side"] == side, hand["J_regressor"][0]
+        R, local = torch.tensor(column["R"][rows]), torch.tensor(column["pose"][rows])
+        J0 = column["shape"][rows] @ np.einsum("m,mcs->sc", J, hand["shapedirs"])
+        J0 += J @ hand["v_template"]
+        root = matrix_to_axis_angle(R @ axis_angle_to_matrix(local[:, :3]))
+        pose[rows] = np.concatenate([root.numpy(), local[:, 3:].numpy() + hand["hands_mean"]], 1)
+        pivot = J0 + column["trans"][rows] - column["campos"][rows] / 1000        # world axes, m
+        trans[rows] = np.einsum("nij,nj->ni", R, pivot) - J0
+    return pose, trans
+
+
+def _index_interhand(name: str, root: Path, split: str, part: str, files: list[str],
+                     mano: dict | None) -> Index:
+    """`index_interhand` without the cache."""
+    try:
+        data, *tables = (json.loads((root / file).read_bytes()) for file in files[:4])
+        human = {int(i) for i in (root / files[4]).read_text().split()} if files[4:] else set()
+        images, found = {image["id"]: image for image in data["images"]}, []
+        for note in tqdm(data["annotations"], "reading interhand", disable=len(images) < 2000):
+            two, by_hand = note["hand_type"] == "interacting", note["id"] in human
+            if {"all": True, "single": not two, "interacting": two, "H": by_hand,
+                    "M": not by_hand}[part]:
+                image = images[note["image_id"]]
+                path = f"images/{split}/{image['file_name']}"
+                found += _interhand_hands(note, image, path, tables)
+        rows = [row for row in found if isinstance(row, dict)]
+        column = {key: np.array([row[key] for row in rows]) for key in (rows[0] if rows else ())}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"interhand: annotations/{split} is not in the layout of v1.0 "
+                        f"({type(error).__name__}: {error})") from error
+    reasons = [row for row in found if isinstance(row, str)]
+    dropped = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+    if not rows:
+        raise UserError(f"{name}: {root} has no hand to read, left out {dropped}")
+    pose, trans = _interhand_pose(column, mano)
+    joints = column["world"] - column["campos"][:, None]                          # mm
+    joints = np.einsum("nij,nkj->nki", column["R"], joints) / 1000
+    broken = (column["ok"] & ~np.isfinite(joints).all(-1)).any(1)
+    joints = np.where(column["ok"][..., None], joints, np.nan)[:, INTERHAND_TO_OURS]
+    uv = joints[..., :2] / joints[..., 2:] * column["focal"][:, None] + column["princpt"][:, None]
+    K = np.tile(np.eye(3), (len(rows), 1, 1))
+    K[:, [0, 1], [0, 1]], K[:, :2, 2] = column["focal"], column["princpt"]
+    numbers = {"box": tight_box(uv), "K": K, "joints": joints, "uv": uv, "pose": pose,
+               "shape": column["shape"], "trans": trans}
+    score = ("annotation_id", "image_id", "capture", "frame", "camera", "hand_type",
+             "hand_type_valid", "bbox")
+    return Index(name, str(root), {
+        "paths": _paths(column["path"].tolist()), "side": column["side"], "id": column["id"],
+        **{key: value.astype(np.float32) for key, value in numbers.items()},
+        **{key: column[key] for key in score}}, "joints", dropped).drop(broken, "hands with NaN")

@@ -1,0 +1,145 @@
+"""Picture files: reading, checking, cutting, undistorting, and finding hands in them."""
+from __future__ import annotations
+
+import functools
+import os
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+# common before torch: it settles how threads wait
+from common import UserError
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+
+FULL_CHECK = 20_000                                     # so many pictures are decoded to be checked
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """A picture as a viewer shows it: uint8 RGB (H, W, 3).
+
+    EXIF rotation is applied, transparency lies on mid grey (128), 16-bit grey is divided by 257;
+    grey, palette and CMYK become RGB. UserError names a missing, truncated or broken file.
+    """
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I"):                         # 16 or 32 bits, one channel
+                grey = np.clip(np.asarray(picture).astype(np.int64), 0, 65535) / 257
+                picture = Image.fromarray(grey.round().astype(np.uint8))
+            if picture.has_transparency_data:
+                ground = Image.new("RGBA", picture.size, (128, 128, 128, 255))
+                picture = Image.alpha_composite(ground, picture.convert("RGBA"))
+            return np.array(picture.convert("RGB"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such picture") from error
+    except Exception as error:           # decoders raise whatever their parsers met, of any class
+        raise UserError(f"{path}: the picture cannot be read ({error})") from error
+
+
+def _readable(path: str, full: bool) -> bool:
+    """Whether a picture decodes; unless `full`, a JPEG's header and end marker are enough."""
+    try:
+        if not full and path.lower().endswith((".jpg", ".jpeg")):
+            with Image.open(path) as picture, open(path, "rb") as file:
+                file.seek(-2, os.SEEK_END)
+                if picture.format == "JPEG" and file.read() == b"\xff\xd9":
+                    return True
+        read_image(path)
+    except (UserError, OSError):
+        return False
+    return True
+
+
+def check_images(paths: list[str], workers: int | None = None) -> np.ndarray:
+    """Open every picture once: paths -> (N,) bool, whether it can be read.
+
+    Up to FULL_CHECK files are decoded. Beyond, a JPEG needs a header and an end marker, which finds
+    truncated files at a fraction of the time, and only what looks odd is decoded.
+    """
+    full = len(paths) <= FULL_CHECK
+    with ThreadPool(workers or os.cpu_count()) as pool:
+        good = pool.imap(lambda path: _readable(path, full), paths, chunksize=64)
+        good = tqdm(good, "checking pictures", len(paths), disable=len(paths) < 2000)
+        return np.fromiter(good, bool, len(paths))
+
+
+def _cut(picture: np.ndarray, middle: np.ndarray, side: float, size: int) -> np.ndarray:
+    """The square of `side` px around `middle` as (size, size, 3): one antialiased resize.
+
+    The map is `crop`'s. The patch is wider by the filter's reach: its rim mixes with the true
+    neighbours, or with black where the square leaves the picture, and only there.
+    """
+    end = np.array(picture.shape[1::-1])
+    low = middle + 0.5 - side / 2                                  # edges: pixel i is [i, i + 1]
+    reach = int(np.ceil(max(side / size, 1))) + 1
+    first, last = np.floor(low).astype(int) - reach, np.ceil(low + side).astype(int) + reach
+    first = np.where(low >= 0, np.maximum(first, 0), first)
+    last = np.where(low + side <= end, np.minimum(last, end), last)
+    patch = Image.fromarray(picture).crop((*first.tolist(), *last.tolist()))
+    left, top = (low - first).tolist()
+    return np.array(patch.resize((size, size), Image.Resampling.BILINEAR,
+                                 box=(left, top, left + side, top + side)))
+
+
+@functools.cache
+def _hand_detector() -> Any:
+    """MediaPipe's hand detector, made once; UserError where the package is missing."""
+    try:
+        from mediapipe.python.solutions.hands import Hands as Detector
+    except ImportError:
+        raise UserError("finding hands in photos needs MediaPipe (pip install mediapipe==0.10.21); without it "
+                        "write labels.jsonl beside the photos, with path, side and box of each hand") from None
+    return Detector(static_image_mode=True, max_num_hands=8)
+
+
+def detect_hands(picture: np.ndarray) -> list[dict]:
+    """Hands in a photo (H, W, 3) uint8: side, uv (21, 2) px, confidence in [0, 1], of each.
+
+    UserError where MediaPipe is not installed.
+    """
+    found = _hand_detector().process(np.ascontiguousarray(picture))
+    size, hands = np.array(picture.shape[1::-1]), []
+    for points, kind in zip(found.multi_hand_landmarks or (), found.multi_handedness or ()):
+        sure = kind.classification[0]                  # its names are for a mirrored selfie: swapped here
+        hands.append({"side": "left" if sure.label == "Right" else "right", "confidence": float(sure.score),
+                      "uv": np.array([(p.x, p.y) for p in points.landmark]) * size - 0.5})
+    return hands
+
+
+# Any synchronised cameras: frames/NAME/FRAME.jpg, cameras.json and, optionally, labels/NAME/FRAME.json.
+
+
+def _distort(xy: np.ndarray, dist: np.ndarray) -> np.ndarray:
+    """Lens distortion in OpenCV's order k1 k2 p1 p2 k3 k4 k5 k6, of points (..., 2) at depth 1."""
+    k1, k2, p1, p2, k3, k4, k5, k6 = np.pad(dist, (0, 8 - len(dist)))
+    x, y = xy[..., 0], xy[..., 1]
+    r = x * x + y * y
+    radial = (1 + r * (k1 + r * (k2 + r * k3))) / (1 + r * (k4 + r * (k5 + r * k6)))
+    return np.stack([x * radial + 2 * p1 * x * y + p2 * (r + 2 * x * x),
+                     y * radial + p1 * (r + 2 * y * y) + 2 * p2 * x * y], -1)
+
+
+def undistort(uv: np.ndarray, K: np.ndarray, dist: np.ndarray) -> np.ndarray:
+    """Points (..., 2) px as seen -> where a pinhole camera with the same K would see them."""
+    f, c = K[[0, 1], [0, 1]], K[:2, 2]
+    seen = (uv - c) / f
+    xy = seen
+    for _ in range(50):                                            # fixed point: x = seen - bend(x)
+        xy = seen - (_distort(xy, dist) - xy)
+    return xy * f + c
+
+
+def undistort_picture(picture: np.ndarray, K: np.ndarray, dist: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 as a pinhole camera with the same K would take it; black where it saw more."""
+    f, c, (H, W) = K[[0, 1], [0, 1]], K[:2, 2], picture.shape[:2]
+    grid = np.stack(np.meshgrid(np.arange(W), np.arange(H)), -1)
+    at = (2 * (_distort((grid - c) / f, dist) * f + c) + 1) / (W, H) - 1
+    source = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
+    out = F.grid_sample(source, torch.tensor(at)[None].float(), align_corners=False)
+    return (out[0].permute(1, 2, 0) + 0.5).clamp(0, 255).byte().numpy()

@@ -1,0 +1,628 @@
+"""Rendered hands with every label exact."""
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import math
+import os
+import shutil
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+# common before torch: it settles how threads wait
+from common import (
+    N_JOINTS, N_VERTS, Mano, UserError, axis_angle_to_matrix, bits, blur, crop, flip,
+    matrix_to_axis_angle, normal, project, rotate_z, six_d_to_matrix, to_device, uniform, warp)
+from hand.builtin import builtin_hand, draw_pose, draw_shape
+from hand.render import Light, rasterise, shade, vertex_normals, visible_joints
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+
+def noisy_labels(uv: Tensor, visible: Tensor, index: Tensor, seed: int, size: int,
+                 outliers: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Key points as a 2D detector gives them: uv (B, 21, 2) px -> labels px, confidence (B, 21).
+
+    Jitter (2.4 % of the picture, 5.5 % for hidden joints), a share of `outliers` anywhere in the
+    picture, and in one hand of twelve two neighbouring fingers swapped. Mean error on a 256 px crop
+    about 23 px, as OpenPose on HanCo (22-26 px); about 33 px with outliers=0.2. Confidence
+    falls with the jitter and is low, but not always, for outliers; a swap does not show in it.
+    """
+    B = len(uv)
+    u = uniform(index, 5 * N_JOINTS, seed, "label").view(B, N_JOINTS, 5)
+    jitter = normal(index, 2 * N_JOINTS, seed, "label jitter").view(B, N_JOINTS, 2)
+    sigma = torch.where(visible, 0.024, 0.055)[..., None]
+    label = uv + jitter * sigma * size
+    swap = uniform(index, 2, seed, "label swap")
+    first = (swap[:, 0] * 4).long()                                       # thumb-index, ...
+    joint = torch.arange(N_JOINTS, device=uv.device).expand(B, -1)
+    finger = torch.div(joint - 1, 4, rounding_mode="floor")
+    other = joint + 4 * ((finger == first[:, None]).long() - (finger == first[:, None] + 1).long())
+    source = torch.where((swap[:, 1:] < 1 / 12) & (joint > 0), other, joint)
+    label = label.gather(1, source[..., None].expand(-1, -1, 2))
+    lost = u[..., 0] < outliers
+    label = torch.where(lost[..., None], u[..., 1:3] * size - 0.5, label)
+    sure = 0.9 - 0.12 * jitter.square().sum(-1) * torch.where(visible, 0.5, 1.0) - 0.2 * ~visible
+    confidence = torch.where(lost, 0.6 * u[..., 3] ** 2 + 0.05, sure - 0.15 * u[..., 4])
+    return label, confidence.clamp(0.02, 1)
+
+
+# ---- the synthetic hands
+
+BLOCK = 16                      # samples are made in aligned blocks, so their bits ignore the batch
+SKIN = ((0.92, 0.78, 0.69), (0.90, 0.71, 0.59), (0.81, 0.60, 0.46),      # displayed, light to dark
+        (0.66, 0.45, 0.33), (0.48, 0.31, 0.23), (0.32, 0.21, 0.16))
+
+
+class Domain(NamedTuple):
+    """What differs between two data sets of the same hands; pairs are uniform ranges."""
+    tone: tuple[float, float] = (0.0, 1.0)          # along SKIN
+    warmth: tuple[float, float] = (-0.2, 0.7)       # of the lamp: bluish .. orange
+    ambient: tuple[float, float] = (0.25, 0.65)     # share of all light
+    distance: tuple[float, float] = (0.45, 0.95)    # m, camera to hand
+    off_axis: float = 0.25                          # largest tangent of the angle to the axis
+    blur: tuple[float, float] = (0.0, 0.7)          # sigma, px of a 128 px picture
+    noise: tuple[float, float] = (0.004, 0.025)     # of the display range
+    shapes: int = 7                                 # in the background
+    saturation: float = 0.12                        # of the background
+
+
+DOMAINS = {"A": Domain(),
+           "B": Domain((0.25, 0.95), (0.3, 1.2), (0.1, 0.4), (0.28, 0.5), 0.45, (0.4, 1.2),
+                       (0.015, 0.045), 14, 0.24)}
+LENGTH = {"val": 1000, "test": 2000}
+
+
+def _ramp(u: Tensor, low: float, high: float) -> Tensor:
+    return low + (high - low) * u
+
+
+def _rotation_between(a: Tensor, b: Tensor) -> Tensor:
+    """Smallest rotation taking unit a to unit b, (B, 3) -> (B, 3, 3); not for opposite vectors."""
+    w, zero = torch.linalg.cross(a, b), torch.zeros_like(a[:, 0])
+    x, y, z = w.unbind(-1)
+    W = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).view(-1, 3, 3)
+    c = (a * b).sum(-1)[:, None, None]
+    return torch.eye(3, device=a.device) + W + W @ W / (1 + c)
+
+
+def _boundary(faces: np.ndarray) -> list[int]:
+    """The wrist's opening: its vertices in the order of the loop's directed edges."""
+    edges = {(int(t[i]), int(t[(i + 1) % 3])) for t in faces for i in range(3)}
+    follow = {a: b for a, b in edges if (b, a) not in edges}
+    loop = [min(follow)]
+    while follow[loop[-1]] != loop[0]:
+        loop.append(follow[loop[-1]])
+    return loop
+
+
+ARM = (0.012, 0.026, 0.045, 0.065, 0.095, 0.15, 0.22, 0.31, 0.42)       # rings, m beyond the wrist
+
+
+def _tube(rings: list[list[int]]) -> list[tuple[int, int, int]]:
+    """Faces between rings of equally many vertices; a pole is a ring that repeats one vertex."""
+    return [face for a, b in zip(rings, rings[1:]) for k in range(len(a))
+            for face in ((a[k - 1], b[k - 1], b[k]), (a[k - 1], b[k], a[k]))]
+
+
+def _arm_verts(verts: Tensor, joints: Tensor, loop: Tensor, u: Tensor, cuff: Tensor,
+               eye: Tensor) -> Tensor:
+    """Forearm that continues the wrist's loop: -> (B, len(ARM) * len(loop), 3) m.
+
+    Draws u (B, 3) bend the wrist; eye (B, 3) is the direction to the camera: the arm never leans
+    toward it by more than 6 degrees, or it would hide the hand. A sleeve begins at ring `cuff`.
+    """
+    ring = verts[:, loop]
+    centre = ring.mean(1, keepdim=True)
+    straight = F.normalize(centre[:, 0] - joints[:, 9], dim=-1)
+    bent = F.normalize(straight + 0.9 * (u - 0.5), dim=-1)
+    lean = (bent * eye).sum(-1, keepdim=True)
+    aside, lean = F.normalize(bent - lean * eye, dim=-1), lean.clamp(max=0.1)
+    bent = aside * (1 - lean * lean).sqrt() + eye * lean
+    at, k = torch.tensor((0.0, *ARM), device=u.device), torch.arange(len(ARM) + 1, device=u.device)
+    at = torch.where(k == cuff[:, None], at.roll(-1) - 0.001, at)         # (B, rings): a sharp edge
+    out = []
+    for k in range(len(ARM)):
+        way = F.normalize(torch.lerp(straight, bent, min(1.0, (k + 1) / 4)), dim=-1)
+        centre = centre + ((at[:, k + 1] - at[:, k])[:, None] * way)[:, None]
+        width = 1 + 0.9 * at[:, k + 1] + 0.16 * (k >= cuff)
+        turned = (ring - ring.mean(1, keepdim=True)) @ _rotation_between(straight, way).mT
+        out.append(centre + turned * width[:, None, None])
+    return torch.cat(out, 1)
+
+
+OCCLUDER = (9, 14)                                  # rings and vertices a ring, poles apart
+
+
+def _occluder_verts(power: Tensor) -> Tensor:
+    """Superquadrics of unit half-width: powers (B, 2), 1 round or 0.1 square -> (B, N, 3).
+
+    (1, 1) is a ball, (0.1, 1) a cylinder along z, (0.1, 0.1) a box.
+    """
+    rings, n = OCCLUDER
+    lat = (0.5 - (torch.arange(rings) + 0.5) / rings) * math.pi
+    lon = (torch.arange(n) + 0.5) / n * 2 * math.pi
+    bend = lambda t, k: t.sign() * t.abs() ** power[:, k, None].to(t)
+    lat, lon = lat.to(power.device), lon.to(power.device)
+    r, z = bend(lat.cos(), 0), bend(lat.sin(), 0)                         # (B, rings)
+    x, y = bend(lon.cos(), 1), bend(lon.sin(), 1)                         # (B, n)
+    grid = torch.stack([r[:, :, None] * x[:, None], r[:, :, None] * y[:, None],
+                        z[:, :, None].expand(-1, -1, n)], -1).flatten(1, 2)
+    pole = torch.tensor([[0.0, 0, 1], [0, 0, -1]], device=power.device).expand(len(power), 2, 3)
+    return torch.cat([pole, grid], 1)
+
+
+def _painted(u: Tensor, saturation: float) -> Tensor:
+    """Muted colours as displayed: draws (..., 3) -> (..., 3); mostly grey, tinted warm or cool."""
+    grey, warm, green = 0.08 + 0.84 * u[..., 0], u[..., 1] - 0.42, u[..., 2] - 0.5
+    tint = torch.stack([warm + 0.2 * green, 0.25 * warm + 0.5 * green, -warm - 0.2 * green], -1)
+    return (grey[..., None] + 2 * saturation * tint).clamp(0.02, 0.98)
+
+
+def _scenery(image: Tensor, seed: int, size: int, domain: Domain, calm: bool) -> Tensor:
+    """Blurred rooms, (N,) -> (N, 3, size, size) in 0..1: two surfaces, furniture, falling light."""
+    N, R, device = len(image), max(32, size // 2), image.device
+    axis = (torch.arange(R, device=device) + 0.5) / R * 2 - 1
+    y, x = axis[:, None], axis[None, :]
+    u = uniform(image, 16, seed, "room")[..., None, None]                 # (N, 16, 1, 1)
+    paint = lambda u: _painted(u[..., 0, 0], domain.saturation)[..., None, None]
+    wall, floor = paint(u[:, :3]), paint(u[:, 3:6])
+    floor = torch.lerp(wall, floor, 0.25 if calm else 0.8)
+    tilt, soft = 0.5 * (u[:, 6] - 0.5), 0.03 + 0.3 * u[:, 7] + 0.5 * calm
+    below = ((y - tilt * x - 1.6 * (u[:, 8] - 0.5)) / soft + 0.5).clamp(0, 1)
+    room = torch.lerp(wall, floor, below[:, None])
+    for k in range(0 if calm else domain.shapes):
+        v = uniform(image, 12, seed, f"shape {k}")[..., None, None]
+        turn = tilt + 0.15 * (v[:, 0] - 0.5) + (v[:, 1] > 0.85) * (v[:, 2] - 0.5) * 1.5
+        px, py = x - 2.4 * (v[:, 3] - 0.5), y - 2.4 * (v[:, 4] - 0.5)
+        px, py = (px + turn * py).abs() / (0.06 + 0.6 * v[:, 5] ** 2), \
+            (py - turn * px).abs() / (0.06 + 0.6 * v[:, 6] ** 2)
+        far = torch.where(v[:, 7] < 0.3, (px * px + py * py).sqrt(), torch.maximum(px, py))
+        inside = ((1 - far) / (0.05 + 0.5 * v[:, 8]) + 0.5).clamp(0, 1) * (0.55 + 0.45 * v[:, 7])
+        room = torch.lerp(room, paint(v[:, 9:]), inside[:, None])
+    stripes = ((x * 9 * u[:, 9] + y * 9 * u[:, 10]) % 1 - 0.5).abs() - 0.25
+    room = room * (1 + (u[:, 11] > 0.7) * (not calm) * 0.35 * u[:, 12] * stripes * below)[:, None]
+    cloud = uniform(image, 64 + 400, seed, "cloud")
+    for n, part, amount in ((8, cloud[:, :64], 0.14), (20, cloud[:, 64:], 0.06)):
+        part = F.interpolate(part.view(N, 1, n, n), size=(R, R), mode="bilinear")
+        room = room * (1 + amount * (part - 0.5) * 2)
+    room = room * (1 + 0.35 * (u[:, 13] - 0.5) * x + 0.35 * (u[:, 14] - 0.5) * y)[:, None]
+    return F.interpolate(room, size=(size, size), mode="bilinear").clamp(0, 1)
+
+
+def _occlusion(verts: Tensor, normals: Tensor, joints: Tensor,
+               lamp: Tensor) -> tuple[Tensor, Tensor]:
+    """What the hand hides from itself: open sky (B, M) and share of the lamp (B, M), both 0..1.
+
+    The hand is 40 balls along its bones. One of radius r at distance d under cosine c hides about
+    c (r / d)^2 of the sky, and the lamp where the ray to it passes within r.
+    """
+    ends, starts = joints[:, 1:], joints[:, [k * (k % 4 > 0) for k in range(20)]]
+    balls = torch.cat([torch.lerp(starts, ends, t) for t in (0.35, 0.8)], 1)           # (B, 40, 3)
+    radius = torch.full((40,), 0.0085, device=verts.device)
+    radius[[0, 20]], radius[[4, 8, 12, 16, 24, 28, 32, 36]] = 0.013, 0.012
+    middle = joints[:, 9:10]                                          # small numbers cancel less
+    p, c = verts - middle, balls - middle
+    square = p.square().sum(-1)[..., None] + c.square().sum(-1)[:, None] - 2 * p @ c.mT
+    square = square.clamp_min(1e-6)
+    cosine = normals @ c.mT - (normals * p).sum(-1, keepdim=True)         # times the distance
+    along = (lamp[:, None] @ c.mT) - (p @ lamp[..., None])                # (B, M, 40)
+    above = (cosine / radius).clamp(0, 1)
+    sky = (above * cosine * radius ** 2 / (square * square.sqrt())).clamp(max=0.7).sum(-1)
+    miss = (square - along * along).clamp_min(0) / radius ** 2            # squared, in radii
+    shadow = ((1.6 - miss) / 1.2).clamp(0, 1) * above * (along / radius - 0.5).clamp(0, 1)
+    return 1 / (1 + 1.8 * sky), 1 - shadow.amax(-1)
+
+
+class Synthetic:
+    """Rendered hands with every label exact, in batches of DESIGN's sample dictionary; see `batch`.
+
+    size px of the square image, `margin` x the box of the joints' pixels. `samples` is the length
+    (32,560, 1,000, 2,000 for part train, val, test); parts and domains share no draw, and val and
+    test ignore `seed`. views > 1 gives V synchronised cameras around the hand. `hand`: MANO arrays
+    (our own). `backgrounds`: a folder of pictures instead of painted rooms. `calm`: palm to the
+    camera within 60 degrees, +-45 in plane, plain backgrounds. Otherwise the hand's rotation is
+    uniform on SO(3), so palm and back, and every angle between, are equally often seen.
+    Domain B: darker skin, warm hard light, near wide-angle camera, colourful clutter, blur, noise.
+    `outliers` and `detector` are the labels' noise: the share of lost joints, and how much of the
+    picture's side the detector's own square had, in which it errs (see `noisy_labels`).
+    """
+
+    box_source = "joints"
+
+    def __init__(self, size: int, samples: int | None = None, seed: int = 0, part: str = "train",
+                 views: int = 1, hand: dict[str, np.ndarray] | None = None,
+                 backgrounds: str | Path | None = None, calm: bool = False, occluders: bool = True,
+                 domain: str = "A", margin: float = 1.5, outliers: float = 0.1,
+                 detector: float = 1.0):
+        if part not in ("train", "val", "test"):
+            raise UserError(f"synthetic has the parts train, val and test, not {part!r}")
+        if domain not in DOMAINS:
+            raise UserError(f"synthetic has the domains {', '.join(DOMAINS)}, not {domain!r}")
+        self.size, self.views, self.calm, self.margin = size, views, calm, margin
+        self.samples = LENGTH.get(part, 32560) if samples is None else samples
+        self.domain, self.occluders, self.outliers = DOMAINS[domain], occluders and not calm, outliers
+        self.detector = detector
+        self.settings = (size, self.samples, seed, part, views, calm, occluders, domain, margin,
+                         outliers, detector)
+        self.name = f"synthetic-{domain}-{part}" + (f"-{seed}" if part == "train" else "")
+        self.seed = zlib.crc32(self.name.encode())                        # the parts' own streams
+        self.hand = builtin_hand() if hand is None else hand
+        self.backgrounds = None if backgrounds is None else _wallpapers(Path(backgrounds), size)
+        self.mano = Mano(self.hand)
+        loop = _boundary(self.hand["f"])
+        ids = lambda start, rings, n: torch.arange(start, start + rings * n).view(rings, n).tolist()
+        top = N_VERTS + len(ARM) * len(loop)                          # the occluder's poles first
+        arm = _tube([loop, *ids(N_VERTS, len(ARM), len(loop))])
+        thing = _tube([[top] * OCCLUDER[1], *ids(top + 2, *OCCLUDER), [top + 1] * OCCLUDER[1]])
+        self.loop, self.n_hand = torch.tensor(loop), len(self.hand["f"])
+        self.faces = torch.tensor([*self.hand["f"].tolist(), *arm, *thing])
+        self.skin = self._skin_maps()
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def _skin_maps(self) -> Tensor:
+        """How much a vertex is palm, and how near a joint's red: (778, 2) in 0..1."""
+        verts = torch.tensor(self.hand["v_template"]).float()
+        joints = self.mano.joints(torch.eye(3).expand(1, 16, 3, 3), torch.zeros(1, 10))[0]
+        up = vertex_normals(verts[None], self.faces[:self.n_hand])[0][0, :, 1]
+        near = torch.cdist(verts, joints[[k for k in range(2, 21) if k % 4 != 1]]).amin(1)
+        return torch.stack([(0.5 - 0.9 * up).clamp(0, 1), torch.exp(-(near / 0.009) ** 2)], 1)
+
+    def targets(self, index: Tensor) -> dict:
+        """Samples without their pictures, on the CPU; `side_px` (B,) is the side those have."""
+        out = self.batch(index, self.faces.device)
+        out["side_px"] = torch.full((len(index),), float(self.size))
+        return to_device({key: value for key, value in out.items() if key != "image"}, "cpu")
+
+    def batch(self, index: Tensor, device: torch.device | str = "cpu") -> dict:
+        """Samples `index` (B,) -> the sample dictionary, collated; with views > 1, (B, V, ...).
+
+        Extra keys: `mask` (B[, V], S, S) uint8, 255 where the hand itself (no forearm) is seen;
+        cameras (B, V, 4, 4) world to camera and view_ok (B, V) where views > 1. On a CPU, sample i
+        has the same bits in every batch: aligned blocks of 16 are made and sliced, so scattered
+        indices cost a block each (see `Cached`). IndexError outside 0 .. len - 1.
+        """
+        rows, device = self.rows(index), torch.device(device)
+        if self.faces.device != device:
+            self._move(device)
+        if device.type == "cpu":
+            blocks = sorted({row // BLOCK for row in rows})
+            groups = [torch.arange(BLOCK * k, BLOCK * (k + 1)) for k in blocks]
+            start = {k: BLOCK * n for n, k in enumerate(blocks)}
+            take = torch.tensor([start[row // BLOCK] + row % BLOCK for row in rows])
+        else:
+            groups, take = index.to(device).split(64), slice(None)
+        parts = [self._block(group) for group in groups]
+        values = {key: torch.cat([part[key] for part in parts])[take] for key in parts[0]}
+        return self.finish(values, rows)
+
+    def rows(self, index: Tensor) -> list[int]:
+        """The index (B,) as numbers; IndexError outside 0 .. len - 1, or without any."""
+        rows = index.tolist()
+        if not rows or not 0 <= min(rows) <= max(rows) < self.samples:
+            raise IndexError(f"{self.name}: samples 0 .. {self.samples - 1}, asked for {rows[:9]}")
+        return rows
+
+    def finish(self, values: dict[str, Tensor], rows: list[int]) -> dict:
+        """Tensors (B, V, ...) to the sample dictionary: no view axis for one camera."""
+        if self.views == 1:
+            values = {key: x.squeeze(1) for key, x in values.items()}
+        yes = torch.ones(len(rows), dtype=torch.bool, device=values["K"].device)
+        keys = ("K", "joints", "uv", "verts", "pose", "shape")
+        return values | {"has": dict.fromkeys(keys, yes) | {"cameras": yes & (self.views > 1)},
+                         "side": ["right"] * len(rows), "box_source": [self.box_source] * len(rows),
+                         "id": [f"{self.name}-{row:06d}" for row in rows]}
+
+    def _move(self, device: torch.device) -> None:
+        self.mano.to(device)
+        for name in ("faces", "loop", "skin", "backgrounds"):
+            value = getattr(self, name)
+            setattr(self, name, value if value is None else value.to(device))
+
+    @torch.no_grad()
+    def _block(self, index: Tensor) -> dict[str, Tensor]:
+        """Everything of samples `index` (B,) but the strings, each (B, V, ...)."""
+        V, device, size = self.views, index.device, self.size
+        image = (index[:, None] * V + torch.arange(V, device=device)).flatten()
+        R, t = self._cameras(index, image)                            # world to camera, (B V, ...)
+        each = lambda x: x.repeat_interleave(V, 0)
+        world = self._world(index, -R.view(-1, V, 3, 3)[:, 0, 2])
+        to_camera = lambda x: each(x) @ R.mT + t[:, None]
+        verts, joints = to_camera(world["mesh"]), to_camera(world["joints"])
+        flat = joints[..., :2] / joints[..., 2:]
+        low, high = flat.amin(1), flat.amax(1)
+        extent = (high - low).amax(-1).maximum(0.06 / joints[:, 0, 2]) * self.margin
+        K = crop((low + high) / 2, extent, size)                          # of a camera with f = 1
+        uv = project(joints, K)
+        light = Light(*(each(x) for x in self._light(index, world["lamp"])))
+        light = light._replace(direction=(R @ light.direction[..., None])[..., 0])
+        out = self._photograph(image, verts, joints, K, each(world["albedo"]), each(world["lit"]),
+                               light)
+        side = round(size * self.detector)
+        label, confidence = noisy_labels(uv - (size - side) / 2, out["visible"], image, self.seed, side,
+                                         self.outliers)
+        label = label + (size - side) / 2
+        pose = torch.cat([(R @ each(world["turn"]))[:, None], each(world["fingers"])], 1)
+        wrist = each(world["wrist"])
+        out |= {"crop": torch.eye(3, device=device).expand(len(K), 3, 3), "K": K, "joints": joints,
+                "size": torch.full((len(K), 2), float(size), device=device), "uv": uv,
+                "joints_ok": torch.ones_like(out["visible"]), "verts": verts[:, :N_VERTS],
+                "uv_label": label, "confidence": confidence, "shape": each(world["shape"]),
+                "pose": matrix_to_axis_angle(pose).flatten(1),
+                "trans": (R @ each(world["origin"])[..., None])[..., 0] + t - wrist,
+                "scale": (joints[:, 10] - joints[:, 9]).norm(dim=-1)}
+        if V > 1:
+            M = torch.cat([torch.cat([R, t[..., None]], 2),
+                           torch.eye(4, device=device)[3:].expand(len(R), 1, 4)], 1)
+            out |= {"cameras": M, "view_ok": torch.ones(len(R), dtype=torch.bool, device=device)}
+        return {key: value.unflatten(0, (-1, V)) for key, value in out.items()}
+
+    def _cameras(self, index: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """World to camera, R (B V, 3, 3) and t (B V, 3) m; one camera alone has the world's axes.
+
+        Several stand on a ring around the origin, where the hand is, -20 .. 50 degrees above it; calm
+        ones on 110 degrees of it in front of the palm, -20 .. 20 degrees.
+        """
+        V, domain, seed = self.views, self.domain, self.seed
+        u = uniform(image, 6, seed, "camera")
+        z = _ramp(u[:, 0], *((0.6, 0.75) if self.calm else domain.distance))
+        off = (0.05 if self.calm else domain.off_axis) * 1.4 * (u[:, 1:3] - 0.5)
+        t = torch.cat([off * z[:, None], z[:, None]], 1)
+        if V == 1:
+            return torch.eye(3, device=index.device).expand(len(index), 3, 3), t
+        phase = uniform(index, 1, seed, "ring").repeat_interleave(V, 0)[:, 0]
+        angle = 2 * math.pi * ((image % V + 0.6 * (u[:, 3] - 0.5)) / V + phase)
+        if self.calm:
+            arc = (image % V + 0.5 + 0.6 * (u[:, 3] - 0.5)) / V - 0.5
+            angle = math.radians(110) * arc - math.pi / 2
+        rise = torch.deg2rad(_ramp(u[:, 4], -20, 20 if self.calm else 50))
+        flat = -rise.cos()
+        forward = torch.stack([angle.cos() * flat, rise.sin(), angle.sin() * flat], -1)
+        down = torch.tensor([0.0, 1, 0], device=index.device).expand_as(forward)
+        x = F.normalize(torch.linalg.cross(down, forward), dim=-1)
+        R = torch.stack([x, torch.linalg.cross(forward, x), forward], 1)
+        return rotate_z(0.5 * (u[:, 5] - 0.5), R.mT).mT, t
+
+    def _turns(self, index: Tensor) -> Tensor:
+        """The hand's rotation in the world, (B, 3, 3)."""
+        if not self.calm:                               # two normal vectors made orthonormal
+            return six_d_to_matrix(normal(index, 6, self.seed, "turn"))
+        u = uniform(index, 3, self.seed, "cone")
+        tilt = math.radians(60) * u[:, :1].sqrt()
+        angle = 2 * math.pi * u[:, 1]
+        axis = torch.stack([angle.cos(), angle.sin(), torch.zeros_like(angle)], 1)
+        roll = F.pad(math.radians(90) * (u[:, 2:] - 0.5), (2, 0))
+        # palm to the camera, fingers up: hand x is down, y into the picture, z right
+        base = torch.tensor([[0.0, 0, 1], [1, 0, 0], [0, 1, 0]], device=index.device)
+        return axis_angle_to_matrix(roll) @ axis_angle_to_matrix(axis * tilt) @ base
+
+    def _world(self, index: Tensor, eye: Tensor) -> dict[str, Tensor]:
+        """Hand, forearm and occluder around the world's origin, with their colours.
+
+        eye (B, 3): from the hand to the first camera.
+        """
+        B, device, seed = len(index), index.device, self.seed
+        turn, shape = self._turns(index), draw_shape(index, seed)
+        fingers = axis_angle_to_matrix(draw_pose(index, seed))
+        flat = torch.eye(3, device=device).expand(B, 1, 3, 3)
+        verts, joints = self.mano(torch.cat([flat, fingers], 1), shape)
+        wrist = joints[:, 0]                                          # what rotations turn about
+        verts, joints = ((x - wrist[:, None]) @ turn.mT for x in (verts, joints))
+        origin = -(joints.amin(1) + joints.amax(1)) / 2
+        verts, joints = verts + origin[:, None], joints + origin[:, None]
+        u = uniform(index, 24, seed, "scene")
+        cuff = torch.tensor([1.0, 3.0, 99.0, 99.0], device=device)[(u[:, 0] * 4).long()]
+        arm = _arm_verts(verts, joints, self.loop, u[:, 1:4], cuff, eye)
+        thing = self._occluder(u[:, 4:18], joints, turn, eye)
+        lamp = F.normalize(0.7 * normal(index, 3, seed, "lamp")
+                           + torch.tensor([0, -0.7, -0.3], device=device) + 0.5 * eye, dim=-1)
+        normals = vertex_normals(verts, self.faces[:self.n_hand])[0]
+        sky, lit = _occlusion(verts, normals, joints, lamp)
+        albedo = self._skin_colours(index)
+        bare = torch.ones_like(torch.cat([arm, thing], 1)[..., 0])
+        cloth, paint = _painted(u[:, 18:21], 0.2), _painted(u[:, 21:24], 0.25)
+        ring = torch.arange(arm.shape[1], device=device).div(len(self.loop), rounding_mode="floor")
+        sleeve = (ring >= cuff[:, None])[..., None]
+        # the arm goes on with the colours around the wrist
+        albedo = albedo.square() * sky[..., None]
+        rest = albedo[:, self.loop].repeat(1, len(ARM), 1)
+        albedo = torch.cat([albedo, torch.where(sleeve, cloth[:, None].square(), rest),
+                            paint[:, None].square().expand_as(thing)], 1)
+        return {"mesh": torch.cat([verts, arm, thing], 1), "joints": joints, "lamp": lamp,
+                "turn": turn, "origin": origin, "wrist": wrist, "fingers": fingers, "shape": shape,
+                "albedo": albedo, "lit": torch.cat([lit, bare], 1)}
+
+    def _skin_colours(self, index: Tensor) -> Tensor:
+        """Colours of the hand's vertices as displayed, (B, 778, 3): human tones, palms lighter."""
+        u = uniform(index, 6, self.seed, "skin")
+        tone = _ramp(u[:, 0], *self.domain.tone)
+        table = torch.tensor(SKIN, device=index.device)
+        at = tone * (len(SKIN) - 1)
+        k = at.long().clamp_max(len(SKIN) - 2)
+        skin = torch.lerp(table[k], table[k + 1], (at - k)[:, None])
+        skin = (skin * (1 + 0.06 * (u[:, 1:4] - 0.5)))[:, None]           # (B, 1, 3)
+        palm, red = self.skin.unbind(-1)                                  # (778,) each
+        row = lambda *c: torch.tensor(c, device=index.device)
+        pale = torch.lerp(skin, row(0.88, 0.66, 0.57), (0.12 + 0.45 * tone)[:, None, None])
+        skin = torch.lerp(skin, pale, palm[:, None])
+        skin = skin * (1 + (0.5 + u[:, 4])[:, None, None] * red[:, None] * row(0.03, -0.08, -0.07))
+        return skin * (0.97 + 0.06 * uniform(index, N_VERTS, self.seed, "mottle")[..., None])
+
+    def _occluder(self, u: Tensor, joints: Tensor, turn: Tensor, eye: Tensor) -> Tensor:
+        """A ball, cylinder or box (B, N, 3) m held in the hand, or between it and the camera.
+
+        Two samples of five have one; in the others all its vertices coincide, so nothing is drawn.
+        """
+        kind = (u[:, 0] * 3).long()                                       # ball, cylinder, box
+        powers = torch.tensor([[1.0, 1.0], [0.1, 1.0], [0.12, 0.12]], device=u.device)[kind]
+        held = (u[:, 1] < 0.5)[:, None]
+        radius = _ramp(u[:, 2:4], 0.010, 0.028)
+        length = torch.where(kind == 0, radius[:, 0], _ramp(u[:, 4], 0.025, 0.11))
+        width = torch.where(kind == 2, radius[:, 1], radius[:, 0])
+        half = torch.stack([radius[:, 0], width, length], 1)
+        across = F.normalize(joints[:, 5] - joints[:, 17], dim=-1) + 0.4 * (u[:, 5:8] - 0.5)
+        grip = 0.3 * joints[:, 0] + 0.7 * joints[:, [5, 9, 13, 17]].mean(1) \
+            - turn[..., 1] * (0.014 + radius[:, :1])                      # -y: out of the palm
+        pick = (u[:, 8] * N_JOINTS).long()
+        front = joints[torch.arange(len(u), device=u.device), pick] \
+            + eye * _ramp(u[:, 9:10], 0.03, 0.07) + 0.03 * (u[:, 10:13] - 0.5)
+        axis = F.normalize(torch.where(held, across, u[:, 5:8] - 0.5), dim=-1)
+        z = torch.tensor([0.0, 0, 1], device=u.device)
+        verts = _occluder_verts(powers) * (half * (u[:, 13:] < 0.4 * self.occluders))[:, None]
+        verts = verts @ _rotation_between(z.expand_as(axis), axis * axis[:, 2:].sign()).mT
+        return verts + torch.where(held, grip, front)[:, None]
+
+    def _light(self, index: Tensor, lamp: Tensor) -> Light:
+        """Lamp, from the direction `lamp` (B, 3) in the world, and surroundings of the samples."""
+        u, domain = uniform(index, 4, self.seed, "light"), self.domain
+        warm, share = _ramp(u[:, :1], *domain.warmth), _ramp(u[:, 1:2], *domain.ambient)
+        row = lambda *c: torch.tensor(c, device=index.device)
+        colour = (1 + warm * row(0.22, 0.0, -0.40)) * (1.15 - share) * 1.25
+        ambient = (1 + 0.4 * (u[:, 2:3] - 0.6) * row(0.2, 0.0, -0.3)) * share * 1.1
+        return Light(lamp, colour, ambient, 0.02 + 0.16 * u[:, 3] ** 2)
+
+    def _photograph(self, image: Tensor, verts: Tensor, joints: Tensor, K: Tensor, albedo: Tensor,
+                    lit: Tensor, light: Light) -> dict[str, Tensor]:
+        """image (N, 3, S, S), mask (N, S, S), visible (N, 21); a few pictures at a time."""
+        step, out = (16 if self.size <= 128 else 4), []
+        for a in range(0, len(image), step):
+            s = slice(a, a + step)
+            lamp = Light(*(x[s] for x in light))
+            ids = rasterise(verts[s], self.faces, K[s], self.size)
+            pixels = shade(ids, verts[s], self.faces, K[s], albedo[s], lamp, lit[s])
+            hand = ((ids >= 0) & (ids < self.n_hand)).float()
+            out.append((self._develop(image[s], pixels, lamp),
+                        (F.avg_pool2d(hand, 2) * 255).round().byte(),
+                        visible_joints(joints[s], verts[s], self.faces, K[s], ids)))
+        return dict(zip(("image", "mask", "visible"), (torch.cat(x) for x in zip(*out))))
+
+    def _develop(self, image: Tensor, pixels: Tensor, light: Light) -> Tensor:
+        """Linear colours and coverage (N, 4, S, S) -> uint8 (N, 3, S, S), as a camera stores it."""
+        domain, size, seed = self.domain, self.size, self.seed
+        u, tint = uniform(image, 6, seed, "exposure"), light.ambient + 0.5 * light.colour
+        room = (_scenery(image, seed, size, domain, self.calm) if self.backgrounds is None
+                else self._wallpaper(image))
+        tint = (tint / tint.mean(1, keepdim=True)).sqrt()[..., None, None]
+        linear = pixels[:, :3] + room.square() * tint * (1 - pixels[:, 3:])
+        gain = (0.8 + 0.5 * u[:, :1]) * (1 + 0.08 * (u[:, 1:4] - 0.5))
+        sigma = _ramp(u[:, 4], *domain.blur) * size / 128
+        linear = blur(linear, sigma, math.ceil(2 * domain.blur[1] * size / 128))
+        display = (linear * gain[..., None, None]).clamp(0, 1).sqrt()
+        words = bits(image, size * size, seed, "grain").view(len(image), 1, size, size)
+        grain = [((words >> k) & 1023) + ((words >> (k + 10)) & 1023) for k in (3, 23, 43)]
+        grain = (torch.cat(grain, 1) - 1023).float() / 417.7              # triangular, variance 1
+        display = display + grain * _ramp(u[:, 5], *domain.noise)[:, None, None, None]
+        return (display * 255 + 0.5).clamp(0, 255).byte()
+
+    def _wallpaper(self, image: Tensor) -> Tensor:
+        """A random square of one of the user's pictures, (N, 3, S, S) in 0..1."""
+        u, wide = uniform(image, 5, self.seed, "wallpaper"), self.backgrounds.shape[-1]
+        which = (u[:, 0] * len(self.backgrounds)).long()
+        side = _ramp(u[:, 1], 0.5, 1) * wide
+        middle = side[:, None] / 2 - 0.5 + u[:, 2:4] * (wide - side)[:, None]
+        A = flip(u[:, 4] < 0.5, self.size) @ crop(middle, side, self.size)
+        return (warp(self.backgrounds[which].float(), A, self.size, samples=2) / 255).clamp(0, 1)
+
+
+def _wallpapers(folder: Path, size: int) -> Tensor:
+    """All pictures below `folder`, centre squares of 2 size px: (N, 3, 2 size, 2 size) uint8.
+
+    UserError for a folder without pictures and for a broken picture.
+    """
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if not files:
+        raise UserError(f"--backgrounds {folder}: no .jpg or .png picture in this folder")
+    out = []
+    for file in files:
+        try:
+            with Image.open(file) as picture:
+                out.append(np.asarray(ImageOps.fit(picture.convert("RGB"), (2 * size, 2 * size))))
+        except (OSError, SyntaxError, ValueError):
+            raise UserError(f"--backgrounds: {file} is not a readable picture; remove it") from None
+    return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).contiguous()
+
+
+class Cached:
+    """A `Synthetic` rendered once on the CPU into a memory-mapped file; `.batch` gives those bits.
+
+    The size is printed first. The file's name holds a hash of every parameter, the hand, the
+    backgrounds and the first block as rendered now, so a stale file is never used. It is written
+    block by block under another name, locked, and renamed when whole: a killed run goes on where it
+    stopped, and of several processes one renders while the others wait.
+    UserError where the disk has no room.
+    """
+
+    def __init__(self, source: Synthetic, folder: str | Path):
+        self.source, self.views, self.box_source = source, source.views, source.box_source
+        first = self._records(0)
+        mark = hashlib.sha256(repr((source.settings, first.dtype)).encode() + first.tobytes())
+        for name, value in sorted(source.hand.items()):
+            mark.update(name.encode() + np.asarray(value).tobytes())
+        if source.backgrounds is not None:
+            mark.update(source.backgrounds.numpy())
+        self.path = Path(folder) / f"{source.name}-{mark.hexdigest()[:16]}.bin"
+        try:
+            if not self.path.exists():
+                self._write(first.dtype.itemsize)
+        except OSError as error:
+            raise UserError(f"--cache {folder}: cannot be written ({error.strerror})") from None
+        self.file = np.memmap(self.path, first.dtype, "r", shape=(len(source),))
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def _records(self, block: int) -> np.ndarray:
+        """One aligned block as a structured array (16,), a field a key."""
+        values = self.source._block(torch.arange(BLOCK * block, BLOCK * (block + 1)))
+        arrays = {key: value.contiguous().numpy() for key, value in values.items()}
+        out = np.empty(BLOCK, [(key, x.dtype, x.shape[1:]) for key, x in arrays.items()])
+        for key, x in arrays.items():
+            out[key] = x
+        return out
+
+    def _write(self, item: int) -> None:
+        """Render every block into the file; `item` bytes a sample."""
+        n, part = len(self.source), self.path.with_suffix(".part")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        need, free = n * item, shutil.disk_usage(self.path.parent).free
+        print(f"rendering {n} samples of {self.source.name} into {self.path}: {need / 1e6:.0f} MB")
+        with open(part, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if self.path.exists():                          # another process was faster
+                part.unlink(missing_ok=True)
+                return
+            done = file.tell() // (BLOCK * item)
+            if need - done * BLOCK * item > free:
+                raise UserError(f"--cache {self.path.parent}: {need / 1e6:.0f} MB needed, "
+                                f"{free / 1e6:.0f} MB free; lower --samples or --image-size")
+            file.truncate(done * BLOCK * item)
+            for block in tqdm(range(done, -(-n // BLOCK)), "rendering", unit="block"):
+                file.write(self._records(block)[:n - BLOCK * block].tobytes())
+            os.replace(part, self.path)
+
+    def targets(self, index: Tensor) -> dict:
+        """As `batch` without the pictures; `side_px` (B,) is the side they have."""
+        found = self.file[self.source.rows(index)]
+        values = {key: torch.from_numpy(found[key].copy()) for key in found.dtype.names if key != "image"}
+        return self.source.finish(values, index.tolist()) | {
+            "side_px": torch.full((len(index),), float(self.source.size))}
+
+    def __getitem__(self, row: int) -> dict:
+        """One sample, for data sets joined with others; without the mask, which those lack."""
+        one = lambda x: {k: one(v) for k, v in x.items()} if isinstance(x, dict) else x[0]
+        return one({k: v for k, v in self.batch(torch.tensor([row])).items() if k != "mask"})
+
+    def batch(self, index: Tensor, device: torch.device | str = "cpu") -> dict:
+        """As `Synthetic.batch`, read back: the bits of its CPU rendering, whatever the device."""
+        rows = self.source.rows(index)
+        found = self.file[rows]
+        values = {key: torch.from_numpy(found[key].copy()).to(device) for key in found.dtype.names}
+        return self.source.finish(values, rows)
