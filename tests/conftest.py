@@ -11,7 +11,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+for place in (ROOT / "tests" / "sources", ROOT / "tests", ROOT):      # trees that several tests write
+    sys.path.insert(0, str(place))
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 

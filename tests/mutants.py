@@ -17,10 +17,10 @@ ROOT = Path(__file__).parent.parent
 MUTANTS = [
     # signs
     ("common.py", "return _matrix([[c, s, x - c * x - s * y], [-s, c,", "return _matrix([[c, -s, x - c * x - s * y], [s, c,",
-     "test_transforms.py", "quarter_turn"),
+     "test_common_transforms.py", "quarter_turn"),
     ("common.py", "return torch.stack([c * x + s * y, c * y - s * x, z], -1)", "return torch.stack([c * x - s * y, c * y + s * x, z], -1)",
-     "test_transforms.py", "quarter_turn"),
-    ("common.py", "return torch.stack([c + bx * x, xy - az, xz + ay,", "return torch.stack([c + bx * x, xy + az, xz + ay,", "test_mano.py", "numpy_model or torch_model or fronts"),
+     "test_common_transforms.py", "quarter_turn"),
+    ("common.py", "return torch.stack([c + bx * x, xy - az, xz + ay,", "return torch.stack([c + bx * x, xy + az, xz + ay,", "test_common_mano.py", "numpy_model or torch_model or fronts"),
     ("ti_net.py", "sign = -1 if then.flip else 1", "sign = 1", "test_ti_net.py", "table_1"),
     ("ti_net.py", "return v + self.M(self.N(v if e is None", "return v - self.M(self.N(v if e is None", "test_ti_net.py", "operators_match"),
     # orders
@@ -29,15 +29,15 @@ MUTANTS = [
      "test_ti_net.py", "losses_match"),
     ("ti_net.py", "return cut @ turn @ flip(flips, square)", "return cut @ flip(flips, square).to(turn) @ turn", "test_ti_net.py", "one_step_after"),
     ("common.py", "MANO_TO_OURS = (0, 13, 14, 15, 16, 1, 2, 3, 17, 4, 5, 6, 18, 10, 11, 12, 19, 7, 8, 9, 20)",
-     "MANO_TO_OURS = (0, 13, 14, 15, 16, 1, 2, 3, 17, 4, 5, 6, 18, 7, 8, 9, 19, 10, 11, 12, 20)", "test_mano.py", "21_joints"),
-    ("sources/interhand.py", "INTERHAND_TO_OURS = (20, 3, 2, 1, 0,", "INTERHAND_TO_OURS = (20, 0, 1, 2, 3,", "test_data.py", "interhand"),
+     "MANO_TO_OURS = (0, 13, 14, 15, 16, 1, 2, 3, 17, 4, 5, 6, 18, 7, 8, 9, 19, 10, 11, 12, 20)", "test_common_mano.py", "21_joints"),
+    ("sources/interhand.py", "INTERHAND_TO_OURS = (20, 3, 2, 1, 0,", "INTERHAND_TO_OURS = (20, 0, 1, 2, 3,", "sources/test_data.py", "interhand"),
     # units and half pixels
-    ("common.py", "return (width - 1) / 2, (height - 1) / 2", "return width / 2, height / 2", "test_transforms.py", "rearrangements or quarter_turn"),
-    ("common.py", "shift = (size - 1) / 2 - s[..., None] * middle", "shift = size / 2 - s[..., None] * middle", "test_transforms.py", "resizing"),
-    ("common.py", "return _matrix([[1 - 2 * on, zero, on * (width - 1)]", "return _matrix([[1 - 2 * on, zero, on * width]", "test_transforms.py", "name_says"),
-    ("common.py", "+ back[..., k, 2, None, None]) + 1) / side - 1", "+ back[..., k, 2, None, None])) / side - 1", "test_transforms.py", "dots or rearrangements"),
+    ("common.py", "return (width - 1) / 2, (height - 1) / 2", "return width / 2, height / 2", "test_common_transforms.py", "rearrangements or quarter_turn"),
+    ("common.py", "shift = (size - 1) / 2 - s[..., None] * middle", "shift = size / 2 - s[..., None] * middle", "test_common_transforms.py", "resizing"),
+    ("common.py", "return _matrix([[1 - 2 * on, zero, on * (width - 1)]", "return _matrix([[1 - 2 * on, zero, on * width]", "test_common_transforms.py", "name_says"),
+    ("common.py", "+ back[..., k, 2, None, None]) + 1) / side - 1", "+ back[..., k, 2, None, None])) / side - 1", "test_common_transforms.py", "dots or rearrangements"),
     ("sources/interhand.py", 'joints = np.einsum("nij,nkj->nki", column["R"], joints) / 1000', 'joints = np.einsum("nij,nkj->nki", column["R"], joints) / 100',
-     "test_data.py", "interhand"),
+     "sources/test_data.py", "interhand"),
     ("ti_net.py", "return 2 * math.pi * uniform(index, 4, cfg.seed", "return 360 * uniform(index, 4, cfg.seed", "test_ti_net.py", "fill_the_circle"),
     ("ti_net.py", "xy = 10 * camera[:, None, :1].exp()", "xy = 10 * camera[:, None, :1]", "test_ti_net.py", "back_in_the_picture"),
     # detached, masked, counted
@@ -51,7 +51,7 @@ MUTANTS = [
     ("ti_net.py", "with autocast(views.device):                    # the network only", "if True:                    # the network only",
      "test_ti_net.py", "bfloat16"),
     ("common.py", "    return (A[..., None, :2, :2] * points[..., None, :]).sum(-1) + A[..., None, :2, 2]",
-     "    return points @ A[..., :2, :2].mT + A[..., None, :2, 2]", "test_transforms.py", "autocast"),
+     "    return points @ A[..., :2, :2].mT + A[..., None, :2, 2]", "test_common_transforms.py", "autocast"),
     ("ti_net.py", 'ok = batch["joints_ok"] & batch["joints_ok"][:, :1]', 'ok = batch["joints_ok"]', "test_ti_net.py", "without_a_wrist"),
     # PeCLR: the notes' list, then detaches, masks, units
     ("peclr.py", "z = torch.stack([c * x - s * y, s * x + c * y], -1) + mean", "z = torch.stack([c * x + s * y, c * y - s * x], -1) + mean",
@@ -90,7 +90,7 @@ MUTANTS = [
     ("peclr.py", "    elif cfg.freeze:\n        settle_statistics(model, data, device)\n", "", "test_peclr.py", "random_encoder_frozen_by_the_command"),
     ("peclr.py", "length = torch.where(batch[\"scale\"] == 1, self.unit, batch[\"scale\"])", "length = batch[\"scale\"]", "test_peclr.py", "true_hand"),
     ("common.py", "order = torch.cat([order + k * again for k in range(math.ceil(need / n))])[:need]", "order = torch.cat([order for k in range(math.ceil(need / n))])[:need]",
-     "test_run.py", "taken_again"),
+     "test_common_run.py", "taken_again"),
     ("eval.py", "area = (99.5 - torch.searchsorted(limits, error, right=True)", "area = (99.5 - torch.searchsorted(limits, error)", "test_eval.py", "zero_under_every"),
     # HandMIM
     # signs, orders, centres
@@ -182,21 +182,21 @@ MUTANTS = [
     ("sources/loader.py", 'M[v] = D @ index.columns["cameras"][row] @ D',
      'M[v] = index.columns["cameras"][row]', "test_hamuco.py", "left_hands_are_mirrored"),
     # scores
-    ("common.py", ".to(A) if reflect else", ".to(A) if not reflect else", "test_metrics.py", ""),
+    ("common.py", ".to(A) if reflect else", ".to(A) if not reflect else", "test_common_metrics.py", ""),
     ("eval.py", "mpjpe(f[\"joints\"], f[\"true\"], ok), pa_mpjpe(f[\"joints\"], f[\"true\"], ok, reflect=True)",
      "mpjpe(f[\"joints\"], f[\"true\"], ok), pa_mpjpe(f[\"joints\"], f[\"true\"], ok)", "test_eval.py", "reflections"),
     ("eval.py", "wide = torch.cat([error.masked_fill(left, math.nan), error.masked_fill(~left, math.nan)], 1)", "wide = error",
      "test_eval.py", "joints_first"),
-    ("sources/judging.py", '"joints": mean(t["joints"] - t["joints"][:, :1]),', '"joints": mean(t["joints"]),', "test_metrics.py", "mean_hand_is_rooted"),
-    ("common.py", "b = (ray * points[..., 2:] - points[..., :2])", "b = (ray * points[..., 2:] + points[..., :2])", "test_metrics.py", "place"),
+    ("sources/judging.py", '"joints": mean(t["joints"] - t["joints"][:, :1]),', '"joints": mean(t["joints"]),', "test_common_metrics.py", "mean_hand_is_rooted"),
+    ("common.py", "b = (ray * points[..., 2:] - points[..., :2])", "b = (ray * points[..., 2:] + points[..., :2])", "test_common_metrics.py", "place"),
     # runs
-    ("common.py", 'if p.ndim <= 1], "weight_decay": 0.0}', 'if p.ndim <= 1], "weight_decay": weight_decay}', "test_run.py", "decay"),
-    ("common.py", "micro = order.view(steps, -1, cfg.micro_batch)[first:,", "micro = order.view(steps, -1, cfg.micro_batch)[:steps - first,", "test_run.py", "goes_on_where"),
-    ("common.py", 'self.log = Log(folder, state["log_bytes"] if state else 0)', "self.log = Log(folder, 10 ** 9)", "test_run.py", "cuts_its_log"),
-    ("common.py", "    partial.replace(path)\n\n\ndef load_checkpoint", "    pass\n\n\ndef load_checkpoint", "test_run.py", "replaced_whole"),
+    ("common.py", 'if p.ndim <= 1], "weight_decay": 0.0}', 'if p.ndim <= 1], "weight_decay": weight_decay}', "test_common_run.py", "decay"),
+    ("common.py", "micro = order.view(steps, -1, cfg.micro_batch)[first:,", "micro = order.view(steps, -1, cfg.micro_batch)[:steps - first,", "test_common_run.py", "goes_on_where"),
+    ("common.py", 'self.log = Log(folder, state["log_bytes"] if state else 0)', "self.log = Log(folder, 10 ** 9)", "test_common_run.py", "cuts_its_log"),
+    ("common.py", "    partial.replace(path)\n\n\ndef load_checkpoint", "    pass\n\n\ndef load_checkpoint", "test_common_run.py", "replaced_whole"),
     ("common.py", "return torch.load(path, map_location=\"cpu\", weights_only=True)", "return torch.load(path, map_location=\"cpu\", weights_only=False)",
-     "test_backbones.py", "hostile"),
-    ("hand/official.py", "kind = _PICKLE_NAMES.get(f\"{module}.{name}\")", "kind = _PICKLE_NAMES.get(f\"{module}.{name}\", \"set\")", "test_mano.py", "payloads"),
+     "test_common_backbones.py", "hostile"),
+    ("hand/official.py", "kind = _PICKLE_NAMES.get(f\"{module}.{name}\")", "kind = _PICKLE_NAMES.get(f\"{module}.{name}\", \"set\")", "test_common_mano.py", "payloads"),
 ]
 
 

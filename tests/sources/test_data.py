@@ -20,7 +20,7 @@ from hand.builtin import builtin_hand
 from common import axis_angle_to_matrix, mano_numpy
 from hand.official import mirror_mano
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "datasets.npz")
+GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "datasets.npz")
 KEYS = {"image", "crop", "size", "K", "joints", "joints_ok", "verts", "uv", "uv_label", "visible",
         "confidence", "pose", "shape", "trans", "scale", "has", "side", "id", "box_source"}
 
