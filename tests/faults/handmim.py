@@ -1,0 +1,55 @@
+"""Faults of handmim: file, line as it stands, line as broken, the test file and the part of the test's name."""
+
+FAULTS = [
+    # HandMIM
+    # signs, orders, centres
+    ("handmim.py", "return torch.stack([c * x + s * y, c * y - s * x], -1)", "return torch.stack([c * x - s * y, c * y + s * x], -1)", "test_handmim.py", "pictures_move or order_the"),
+    ("handmim.py", "return turn(view.gamma[..., None, None] * points - view.shift", "return turn(view.gamma[..., None, None] * points + view.shift", "test_handmim.py", "pictures_move or undoing"),
+    ("handmim.py", "back, shift = turn(points, -view.angle), view.shift", "back, shift = turn(points, view.angle), view.shift", "test_handmim.py", "undoing"),
+    ("handmim.py", "return (back + shift) / view.gamma", "return (back - shift) / view.gamma", "test_handmim.py", "undoing"),
+    ("handmim.py", "shift = shift * (back.amax(-2", "shift = shift * (points.amax(-2", "test_handmim.py", "undoing"),
+    ("handmim.py", "return View(rotation(angle, cfg.image_size) @ A, angle,", "return View(A @ rotation(angle, side), angle,", "test_handmim.py", "pictures_move or range_and"),
+    ("handmim.py", "width = (0.08 + 0.92 * u[:, 0]).sqrt()", "width = 0.08 + 0.92 * u[:, 0]", "test_handmim.py", "range_and"),
+    ("handmim.py", "scaled=\"unscaled-shift\" not in how", "scaled=False", "test_handmim.py", "a_pass_scores"),
+    ("handmim.py", "flip(u[:, 4] < 0.5, S)", "flip(u[:, 4] < 0.0, S)", "test_handmim.py", "ibot_s_own"),
+    # colours and masks
+    ("handmim.py", "u[:, 6] < (1.0, 0.1)[number]", "u[:, 6] < (0.1, 1.0)[number]", "test_handmim.py", "second_view"),
+    ("handmim.py", "u[:, 8] < (0.0, 0.2)[number]", "u[:, 8] < 0.2", "test_handmim.py", "second_view"),
+    ("handmim.py", "least = float((grid // 3) ** 2)", "least = 1.0", "test_handmim.py", "statistics"),
+    ("handmim.py", "(count <= left) & (failures < 10)", "(failures < 10)", "test_handmim.py", "statistics"),
+    ("handmim.py", "ratio = ratio * (u[:, 1] < 0.5)", "ratio = ratio * 1", "test_handmim.py", "leaves_half"),
+    ("handmim.py", ">= chance) / (1 - chance)", ">= chance) * 1.0", "test_handmim.py", "stochastic"),
+    # model and losses
+    ("handmim.py", "p = ((teacher - centre) / tau).softmax(-1)\n    return", "p = (teacher / tau).softmax(-1)\n    return", "test_handmim.py", "match_golden or match_loops"),
+    ("handmim.py", "cross_entropy(student, teacher.flip(1), centre, tau).mean()", "cross_entropy(student, teacher, centre, tau).mean()", "test_handmim.py", "match_loops"),
+    ("handmim.py", "weight = 1 / hidden.sum(1, keepdim=True).clamp(min=1) / len(x)", "weight = 1 / hidden.sum(1, keepdim=True).clamp(min=1)", "test_handmim.py", "a_pass_scores"),
+    ("handmim.py", "cls.mean((0, 1)), self.mean_logits(tokens[:, 1:].flatten(0, 1))", "cls.mean((0, 1)), self.mean_logits(tokens[:, 1:][hidden])", "test_handmim.py", "a_pass_scores"),
+    ("handmim.py", "        if k + 1 in taps:\n            tapped.append(x)\n    return vit.norm(x), tapped", "        if k in taps:\n            tapped.append(x)\n    return vit.norm(x), tapped", "test_handmim.py", "masked_vit"),
+    ("handmim.py", "x = F.interpolate(x, scale_factor=2 ** k) if k else x", "x = F.interpolate(x, scale_factor=2 ** k, mode='bilinear') if k else x", "test_handmim.py", "linear_of"),
+    ("handmim.py", "T = up(F.gelu(x))", "T = up(F.relu(x))", "test_handmim.py", "linear_of"),
+    ("handmim.py", "return ((error * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()", "return (error * mask).sum() / mask.sum().clamp(min=1)", "test_handmim.py", "simmim"),
+    ("handmim.py", "return z.unflatten(-1, LATENT).mT", "return z.unflatten(-1, LATENT)", "test_handmim.py", "readings"),
+    # teacher, centres, clipping
+    ("handmim.py", "torch._foreach_lerp_(teacher, student, 1 - momentum)", "torch._foreach_lerp_(teacher, student, momentum)", "test_handmim.py", "moves_the_teacher"),
+    ("handmim.py", "centre.lerp_(now.to(centre.dtype), 1 - CENTRE_MOMENTUM)", "centre.lerp_(now.to(centre.dtype), CENTRE_MOMENTUM)", "test_handmim.py", "moves_the_teacher or offset"),
+    ("handmim.py", "            p.grad = None                           # AdamW", "            pass                           # AdamW", "test_handmim.py", "moves_the_teacher"),
+    ("handmim.py", "gradient.mul_((limit / (norm + 1e-6)).clamp(max=1))", "gradient.mul_(1)", "test_handmim.py", "moves_the_teacher"),
+    ("handmim.py", "            torch.distributed.all_reduce(now)\n            now /= world()", "            pass", "test_handmim.py", "two_processes"),
+    ("handmim.py", "learn_norm = cfg.backbone in (\"vit_mini\", \"vit_s\")", "learn_norm = True", "test_handmim.py", "small_vits"),
+    ("handmim.py", "save_checkpoint(out / file, cpu_state(vit))", "save_checkpoint(out / file, cpu_state(model.student.backbone))", "test_handmim.py", "cli_smoke"),
+    # fine-tuning
+    ("handmim.py", "grid = uv / (size / 2) - 1 if pymaf else (2 * uv + 1) / size - 1", "grid = uv / (size / 2) - 1 if pymaf else 2 * uv / size - 1", "test_handmim.py", "a_pixel_reads"),
+    ("handmim.py", "padding_mode=\"zeros\" if pymaf else \"border\"", "padding_mode=\"zeros\"", "test_handmim.py", "a_pixel_reads"),
+    ("handmim.py", "return A @ K @ invert(rotation(angle, 1))", "return A @ K @ rotation(angle, 1)", "test_handmim.py", "turned_hands"),
+    ("handmim.py", "state = state.detach()                       # PyMAF", "state = state + 0                       # PyMAF", "test_handmim.py", "feedback"),
+    ("handmim.py", "turned = rotate_z(angle, R[:, 0].mT).mT", "turned = rotate_z(angle, R[:, 0])", "test_handmim.py", "perfect_answer"),
+    ("handmim.py", "wrist = joints[:, :1]\n    return Hand(torch.cat", "wrist = batch['joints'][:, :1]\n    return Hand(torch.cat", "test_handmim.py", "perfect_answer"),
+    ("handmim.py", "depth = focal / (self.size / 2 * 10 * camera[:, 0].exp())", "depth = focal / (self.size / 2 * 10) * camera[:, 0].exp()", "test_handmim.py", "perfect_answer"),
+    ("handmim.py", "root, trans = (torch.where(finite[:, None], x, math.nan) for x in (hand.t, hand.trans))", "root, trans = hand.t, hand.trans", "test_handmim.py", "keeps_the_contract"),
+    ("handmim.py", "project(joints + t[:, None], K), t - wrist[:, 0])", "project(joints + t[:, None], K), t)", "test_handmim.py", "keeps_the_contract"),
+    ("handmim.py", "L_pose = times * pose_loss(out.student, out.teacher, model.centre, tau)", "L_pose = times * pose_loss(out.student, out.teacher, model.centre_patch, tau)", "test_handmim.py", "its_own_centre"),
+    ("handmim.py", "flat(out.pictures), flat(views), flat(masks))", "flat(out.pictures), flat(views), ~flat(masks))", "test_handmim.py", "its_own_centre"),
+    ("handmim.py", "masked(square(hand.beta, true.beta).mean(1), many(has[\"shape\"]))", "square(hand.beta, true.beta).mean()", "test_handmim.py", "without_a_label"),
+    ("handmim.py", "for part in (vit.patch_embed, vit.cls_token, vit.pos_embed,", "for part in (vit.patch_embed,", "test_handmim.py", "frozen_blocks"),
+    ("handmim.py", "left=hand[\"side\"] == \"left\"", "left=hand[\"side\"] == \"right\"", "test_handmim.py", "cut_from_whole"),
+]
