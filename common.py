@@ -1408,6 +1408,13 @@ def parallel(model: nn.Module, device: torch.device, compile: bool) -> nn.Module
     return nn.parallel.DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
 
 
+def unwrapped(net: nn.Module) -> nn.Module:
+    """The network itself, out of what `parallel` put around it: where its parts have their names."""
+    if isinstance(net, nn.parallel.DistributedDataParallel):
+        net = net.module
+    return getattr(net, "_orig_mod", net)                # torch.compile's wrapper
+
+
 def accumulate(net: nn.Module, last: bool) -> contextlib.AbstractContextManager:
     """Around a micro-batch's forward and backward: gradients cross processes at the last one only."""
     distributed = isinstance(net, nn.parallel.DistributedDataParallel)

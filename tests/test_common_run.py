@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 import common
 from sources import open_data
@@ -234,6 +235,18 @@ def test_weights_decay_and_biases_and_norms_do_not():
     groups = {g["weight_decay"]: {tuple(p.shape) for p in g["params"]}
               for g in common.decay_groups(model, 0.05)}
     assert groups == {0.05: {(2, 1, 3, 3), (3, 2)}, 0.0: {(2,)}}
+
+
+def test_a_wrapped_network_is_unwrapped(tmp_path):
+    net = torch.nn.Linear(2, 2)
+    compiled = torch.compile(net)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for wrapped in (net, compiled, DistributedDataParallel(net), DistributedDataParallel(compiled)):
+            assert common.unwrapped(wrapped) is net
+    finally:
+        del wrapped
+        torch.distributed.destroy_process_group()
 
 
 # ---- Batches
