@@ -1,4 +1,5 @@
-"""What all tests share: the project on the path, two threads, the golden arrays."""
+"""What all tests share: the project on the path, two threads, the golden arrays, a hand's file."""
+import lzma
 import os
 import subprocess
 import sys
@@ -20,6 +21,21 @@ torch.set_num_threads(min(2, os.cpu_count() or 1))
 def golden():
     """golden("name") -> the arrays of tests/golden/name.npz."""
     return lambda name: np.load(ROOT / "tests" / "golden" / f"{name}.npz")
+
+
+@pytest.fixture(scope="session")
+def official_file(tmp_path_factory):
+    """A synthetic hand in MANO's own file format, written by Python 2.7 and chumpy."""
+    path = tmp_path_factory.mktemp("mano") / "MANO_RIGHT.pkl"
+    path.write_bytes(lzma.decompress((ROOT / "tests/golden/mano_format_chumpy.pkl.xz").read_bytes()))
+    return path
+
+
+@pytest.fixture(scope="session")
+def params(official_file):
+    """The arrays of `official_file`, in our reading; no test may change them."""
+    from hand.official import load_mano
+    return load_mano(official_file)
 
 
 @pytest.fixture
