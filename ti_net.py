@@ -61,7 +61,7 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 # common before torch: it settles how threads wait
 from common import (
@@ -69,7 +69,7 @@ from common import (
     axis_angle_to_matrix, barrier, batches, build_backbone, cpu_state, crop, decay_groups,
     denormalise, flip, guarded, invert, load_backbone, normalise, parallel, rank, recall,
     remember, rotation, row_name, save_checkpoint, say, settle, steps_per_epoch,
-    training_steps, transform, translation, uniform, warp)
+    training_steps, transform, translation, uniform, unwrapped, warp)
 from hand import user_hand
 from hand.drawing import draw_skeleton, sheet
 from sources import DATASET_TIPS, data_name, open_data
@@ -84,6 +84,7 @@ METHOD = "ti_net"
 MARGIN = 1.7           # stored square / hand box: 1.2 (fine-tuning crop) x sqrt(2), so views can turn
 STORE = 1.5            # stored side / network side: sqrt(2) to turn freely, and some to shrink from
 CROP = 1.2             # fine-tuning crop / hand box (authors' code)
+CLIP = 5.0             # largest norm of pre-training's whole gradient (authors' log)
 
 VARIANTS = {
     "no-ordinary": "leave out L_ord (Eq. 2)",
@@ -495,9 +496,9 @@ def pretrain_step(net: nn.Module, batch: dict, cfg: Config, epoch: int) -> dict[
             **collapse_monitors(out, plan)}
 
 
-def finetune_step(net: nn.Module, batch: dict, cfg: Config, epoch: int) -> dict[str, Tensor]:
+def finetune_step(net: nn.Module, batch: dict, cfg: Config) -> dict[str, Tensor]:
     """Supervised terms of one micro-batch (14), each over the samples that have its label."""
-    model = net.module if hasattr(net, "module") else net
+    model = unwrapped(net)
     has, true = batch["has"], batch["joints"] - batch["joints"][:, :1]
     crops, A = hand_view(batch["image"], cfg.image_size)
     with autocast(crops.device):
@@ -518,59 +519,56 @@ def finetune_step(net: nn.Module, batch: dict, cfg: Config, epoch: int) -> dict[
             "L_camera": L_camera}
 
 
-def train(cfg: Config, folder: Path, model: nn.Module, data: Any, device: torch.device,
-          train_step: Callable, betas: tuple[float, float], clip: float, after_epoch: Callable) -> None:
-    """The loop of both stages; everything it needs to go on after a crash is in `run`."""
-    steps = steps_per_epoch(len(data), cfg.batch_size)
-    optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay), betas=betas)
-    net = parallel(model, device, cfg.compile)
-    run = Run(folder, METHOD, cfg, model, optimizer, total=cfg.epochs * steps)
-    if cfg.epochs == 0:
-        after_epoch(run, -1)
-        run.save()
-    for epoch in range(run.step // steps, cfg.epochs):
-        model.train()
-        for step, micro_batches in training_steps(data, cfg, epoch, run.step % steps, device):
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(run.step, cfg, steps)
-            sums: dict[str, Tensor] = {}
-            for k, batch in enumerate(micro_batches, 1):
-                with accumulate(net, last=k == len(micro_batches)):
-                    terms = train_step(net, batch, cfg, epoch)
-                    (terms["loss"] / len(micro_batches)).backward()
-                sums = {n: sums.get(n, 0) + t.detach() / len(micro_batches) for n, t in terms.items()}
-            if clip:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            average_buffers(model)
-            run.advance(sums, epoch, lr=group["lr"], may_save=step + 1 < steps)
-        run.log(epoch=epoch + 1, **after_epoch(run, epoch))
-        run.save()
-
-
 def pretrain(cfg: Config, out: Path, device: torch.device) -> None:
     """Sec. 3.2 on pictures without labels; writes OUT/backbone.pt."""
     torch.manual_seed(cfg.seed)
-    model, folder = TINet(cfg), out / f"pretrain-{'-'.join((METHOD, *cfg.variant))}"
+    model = TINet(cfg)
+    folder = out / f"pretrain-{'-'.join((METHOD, *cfg.variant))}"
     if cfg.init != "random":
         say(load_backbone(model.backbone, cfg.init))
     data = open_data(cfg, cfg.data, "train", stored_side(cfg), MARGIN, device)
-    plan, size = model.plan, sum(p.numel() for p in model.backbone.parameters()) / 1e6
-    say(f"pre-training on {len(data):,} pictures: {len(plan.pictures)} encoder passes a sample, "
-        f"{len(plan.ordinary)} ordinary and {len(plan.secondary)} secondary constraints, encoder "
-        f"{size:.1f} M parameters, {steps_per_epoch(len(data), cfg.batch_size)} steps an epoch")
+    steps = steps_per_epoch(len(data), cfg.batch_size)
+    size = sum(p.numel() for p in model.backbone.parameters()) / 1e6
+    say(f"pre-training on {len(data):,} pictures: {len(model.plan.pictures)} encoder passes a "
+        f"sample, {len(model.plan.ordinary)} ordinary and {len(model.plan.secondary)} secondary "
+        f"constraints, encoder {size:.1f} M parameters, {steps} steps an epoch")
     if rank() == 0:
-        draw_views(folder, data, cfg, device, plan)
+        draw_views(folder, data, cfg, device, model.plan)
 
-    def after_epoch(run: Run, epoch: int) -> dict[str, float]:
+    def pooled(image: Tensor) -> Tensor:
+        """What the probe reads: the latent of a stored picture, cut as for fine-tuning."""
+        return model.backbone(hand_view(image, cfg.image_size)[0])[-1].mean((2, 3))
+
+    optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay), betas=(0.9, 0.95))
+    net = parallel(model, device, cfg.compile)
+    run = Run(folder, METHOD, cfg, model, optimizer, total=cfg.epochs * steps)
+    for epoch in range(run.step // steps, cfg.epochs):
+        model.train()
+        for step, micro_batches in training_steps(data, cfg, epoch, run.step % steps, device):
+            rate = lr_at(run.step, cfg, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            sums: dict[str, Tensor] = {}
+            for k, batch in enumerate(micro_batches, 1):
+                with accumulate(net, last=k == len(micro_batches)):
+                    terms = pretrain_step(net, batch, cfg, epoch)
+                    (terms["loss"] / len(micro_batches)).backward()
+                for name, term in terms.items():
+                    sums[name] = sums.get(name, 0) + term.detach() / len(micro_batches)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            average_buffers(model)
+            run.advance(sums, epoch, lr=rate, may_save=step + 1 < steps)
+        measured = {}
         last = epoch + 1 == cfg.epochs
-        if not cfg.probe_every or ((epoch + 1) % cfg.probe_every and not last):
-            return {}
-        encode = lambda image: model.backbone(hand_view(image, cfg.image_size)[0])[-1].mean((2, 3))
-        return {"probe_mpjpe_mm": probe_error(model, encode, cfg, stored_side(cfg), MARGIN, device)}
-
-    train(cfg, folder, model, data, device, pretrain_step, (0.9, 0.95), 5.0, after_epoch)
+        if cfg.probe_every and (last or (epoch + 1) % cfg.probe_every == 0):
+            measured["probe_mpjpe_mm"] = probe_error(model, pooled, cfg, stored_side(cfg), MARGIN,
+                                                     device)
+        run.log(epoch=epoch + 1, **measured)
+        run.save()
+    if cfg.epochs == 0:
+        run.save()
     if rank() == 0:
         save_checkpoint(out / "backbone.pt", cpu_state(model.backbone))
         draw_reconstructions(folder, model, data, cfg, device)
@@ -580,23 +578,49 @@ def pretrain(cfg: Config, out: Path, device: torch.device) -> None:
 
 def finetune(cfg: Config, out: Path, row: str, device: torch.device) -> None:
     """Sec. 4.1: the whole network on labels; best.pt is the best epoch on the validation split."""
-    side, folder, target = stored_side(cfg), out / f"finetune-{row}", (cfg.finetune,)
     torch.manual_seed(cfg.seed)
     model = HandNet(cfg)
+    folder = out / f"finetune-{row}"
     if cfg.init != "random":
         say(load_backbone(model.backbone, cfg.init))
-    data = open_data(cfg, target, "train", side, MARGIN, device, labelled=True)
-    val, mean = open_data(cfg, target, "val", side, MARGIN, device), mean_hand(data)
+    side = stored_side(cfg)
+    data = open_data(cfg, (cfg.finetune,), "train", side, MARGIN, device, labelled=True)
+    val = open_data(cfg, (cfg.finetune,), "val", side, MARGIN, device)
+    mean = mean_hand(data)
     with torch.no_grad():
         model.head[-1].bias.copy_(mean["pose"])
+    steps = steps_per_epoch(len(data), cfg.batch_size)
     if rank() == 0:
         draw_crops(folder, data, cfg, device)
     say(f"fine-tuning {row} on {mean['labels']:,} labelled hands, validated on {len(val):,}")
 
     about = {"method": METHOD, "row": row, "mean": mean}
-    after_epoch = lambda run, epoch: keep_best(run, epoch, val, cfg, device, about)
-    train(cfg, folder, model, data, device, finetune_step, (0.9, 0.999), 0.0, after_epoch)
-    barrier()                                                       # others read what the first wrote
+    optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay), betas=(0.9, 0.999))
+    net = parallel(model, device, cfg.compile)
+    run = Run(folder, METHOD, cfg, model, optimizer, total=cfg.epochs * steps)
+    for epoch in range(run.step // steps, cfg.epochs):
+        model.train()
+        for step, micro_batches in training_steps(data, cfg, epoch, run.step % steps, device):
+            rate = lr_at(run.step, cfg, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            sums: dict[str, Tensor] = {}
+            for k, batch in enumerate(micro_batches, 1):
+                with accumulate(net, last=k == len(micro_batches)):
+                    terms = finetune_step(net, batch, cfg)
+                    (terms["loss"] / len(micro_batches)).backward()
+                for name, term in terms.items():
+                    sums[name] = sums.get(name, 0) + term.detach() / len(micro_batches)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            average_buffers(model)
+            run.advance(sums, epoch, lr=rate, may_save=step + 1 < steps)
+        run.log(epoch=epoch + 1, **keep_best(run, epoch, val, cfg, device, about))
+        run.save()
+    if cfg.epochs == 0:                                    # released weights, as they are
+        keep_best(run, -1, val, cfg, device, about)
+        run.save()
+    barrier()                                              # others read what the first wrote
 
 
 @torch.no_grad()

@@ -326,7 +326,7 @@ def test_a_hand_without_a_wrist_is_no_target():
     batch["joints"][0, 0] = math.nan
     batch["joints_ok"] = batch["joints"].isfinite().all(-1)
     theta = torch.zeros(2, 48, requires_grad=True)
-    finetune_step(Perfect(theta, torch.zeros(2, 10)), batch, cfg, 0)["L_joints"].backward()
+    finetune_step(Perfect(theta, torch.zeros(2, 10)), batch, cfg)["L_joints"].backward()
     assert theta.grad[0].abs().sum() == 0 and theta.grad[1].abs().sum() > 0
 
 
@@ -391,7 +391,7 @@ class Perfect(torch.nn.Module):
 
 def test_a_perfect_answer_has_no_loss_but_the_camera_s():
     cfg, batch = Config(**TINY), hand_batch()
-    terms = finetune_step(Perfect(batch["pose"], batch["shape"]), batch, cfg, 0)
+    terms = finetune_step(Perfect(batch["pose"], batch["shape"]), batch, cfg)
     assert float(terms["L_theta"]) < 1e-5 and float(terms["L_beta"]) == 0
     assert float(terms["L_joints"]) == 0 and float(terms["L_camera"]) > 0.01
 
@@ -404,7 +404,7 @@ def test_samples_without_a_label_do_not_count():
     batch["has"]["shape"] = torch.tensor([True, True, False])
     batch["joints_ok"] = torch.tensor([True, True, False])[:, None].expand(3, 21)
     theta = torch.zeros(3, 48, requires_grad=True)
-    terms = finetune_step(Perfect(theta, torch.zeros(3, 10)), batch, cfg, 0)
+    terms = finetune_step(Perfect(theta, torch.zeros(3, 10)), batch, cfg)
     terms["loss"].backward()
     alone = rotation_loss(torch.zeros(1, 48), batch["pose"][:1])
     assert torch.allclose(terms["L_theta"], alone.mean())
@@ -420,7 +420,7 @@ def test_the_extra_head_does_not_reach_the_backbone():
     cfg, batch = Config(**TINY), hand_batch()
     net = HandNet(cfg)
     torch.nn.init.normal_(net.extra[-1].weight)
-    terms = finetune_step(net, batch, cfg, 0)
+    terms = finetune_step(net, batch, cfg)
     (terms["L_beta"] + terms["L_camera"]).backward()
     assert net.backbone.conv1.weight.grad is None and net.head[0].weight.grad is None
     assert net.extra[0].weight.grad.abs().sum() > 0
