@@ -53,7 +53,6 @@ import json
 import math
 import sys
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,17 +62,17 @@ import common
 from hand.drawing import save_png
 from sources.pictures import detect_hands
 from common import (
-    FINGERS, MANO_TO_OURS, MIDDLE_MCP, N_JOINTS, N_VERTS, ROOT, Flags, Mano, UserError, auc,
-    axis_angle_to_matrix, barrier, batches, bits, epe, f_score, gather, guarded, invert,
-    load_checkpoint, matrix_to_axis_angle, mpjpe, n_mpjpe, pa_mpjpe, place, procrustes, rank,
+    FINGERS, MANO_TO_OURS, N_JOINTS, ROOT, Flags, Mano, UserError, axis_angle_to_matrix, barrier, batches, bits, epe, gather, guarded, invert,
+    load_checkpoint, matrix_to_axis_angle, mpjpe, pa_mpjpe, place, rank,
     say, score, start, stored_config, transform, uniform, view_intrinsics, world)
 from hand import hand_mark, user_hand
 from hand.drawing import CURVE_COLOURS, draw_mesh, draw_side, draw_skeleton, label, picture, sheet
 from sources import DATASET_TIPS, REGRESSED, data_name, open_data, read_index
 from sources.index import PICTURES, Index, tight_box, unmirror
-from sources.interhand import INTERHAND_TO_OURS
+from sources.interhand import INTERHAND_TO_OURS, mrrpe
 from sources.judging import predictions, write_results
 from sources.loader import Hands
+from sources.protocols import PROTOCOLS, SUBMIT
 from sources.pictures import read_image
 import hamuco
 import handmim
@@ -87,7 +86,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 METHODS = {"ti_net": ti_net, "handmim": handmim, "peclr": peclr, "hamuco": hamuco}     # all a file may name
-SUBMITTED = ("freihand", "ho3d", "dexycb")           # a server or a tool kit reads --submit's file
 
 
 # ---- Checkpoints ----------------------------------------------------------------------------------
@@ -235,136 +233,7 @@ def facts(pred: dict, batch: dict, columns: dict[str, np.ndarray]) -> dict[str, 
     return found
 
 
-# ---- Protocols ------------------------------------------------------------------------------------
-# A protocol takes `facts` and a hand and gives {metric: values}; means come last, in `Tally`. Values (N,) are
-# one a sample; (N, P) one a point: the mean over samples of each point, then over points, as the tool kits
-# average; (N, P, 1): every point counts alike. NaN does not count.
-
-
-def dexycb_scores(f: dict[str, Any], hand: Mano | None = None) -> dict[str, Tensor]:
-    """The tool kit's three errors and areas, of labelled frames."""
-    ok = f["ok"].all(1, keepdim=True).expand_as(f["ok"])
-    relative, aligned = mpjpe(f["joints"], f["true"], ok), pa_mpjpe(f["joints"], f["true"], ok, reflect=True)
-    absolute = epe(f["camera"], f["true"], ok)
-    return {"abs_mpjpe_mm": 1000 * absolute, "abs_auc": auc(absolute), "mpjpe_mm": 1000 * relative,
-            "pa_mpjpe_mm_reflect": 1000 * aligned, "auc": auc(relative), "pa_auc_reflect": auc(aligned)}
-
-
-def freihand_scores(f: dict[str, Any], hand: Mano | None = None) -> dict[str, Tensor]:
-    """The official script's twelve scores, those of the mesh where there is one.
-
-    Joints and mesh are aligned each by itself. Samples without truth do not count: the test set has none.
-    """
-    parts, out = {"mpjpe": (f["camera"], f["true"], f["ok"])}, {}
-    if "verts" in f:
-        parts["mpvpe"] = f["verts"], f["verts_true"], f["verts_true"].isfinite().all(-1)
-    for kind, (pred, true, ok) in parts.items():
-        raw, aligned = epe(pred, true, ok), pa_mpjpe(pred, true, ok, reflect=True)
-        area = "auc" + "_verts" * (kind == "mpvpe")
-        out |= {f"abs_{kind}_mm": 1000 * raw, f"abs_{area}": auc(raw),
-                f"pa_{kind}_mm_reflect": 1000 * aligned, f"pa_{area}_reflect": auc(aligned)}
-    if "verts" in f:
-        rows = ok.all(1)
-        for suffix, mesh in {"_raw": pred, "_reflect": procrustes(pred, true, ok, reflect=True)}.items():
-            both = torch.full((len(rows), 2), math.nan, dtype=torch.float64, device=rows.device)
-            both[rows] = f_score(mesh[rows], true[rows])
-            out |= {f"f_5{suffix}": both[:, 0], f"f_15{suffix}": both[:, 1]}
-    return out
-
-
-def ho3d_scores(f: dict[str, Any], hand: Mano | None = None) -> dict[str, Tensor]:
-    """The official script's: FreiHAND's twelve, and joints after scale and translation."""
-    scaled = n_mpjpe(f["joints"], f["true"], f["ok"], root=ROOT)
-    return freihand_scores(f) | {"st_mpjpe_mm": 1000 * scaled, "st_auc": auc(scaled)}
-
-
-def peclr_scores(f: dict[str, Any], hand: Mano | None = None) -> dict[str, Tensor]:
-    """PeCLR's helper: mean and median of all joints' errors, area of the PCK curve to 49.5 cm, strict <."""
-    limits, out = torch.arange(100, dtype=torch.float64, device=f["true"].device) * 0.005, {}
-    errors = {"abs": epe(f["camera"], f["true"], f["ok"]), "pa": pa_mpjpe(f["camera"], f["true"], f["ok"])}
-    for name, error in errors.items():
-        area = (99.5 - torch.searchsorted(limits, error, right=True).double()).clamp(min=0) / 99
-        out |= {f"{name}_mpjpe_mm": 1000 * error, f"{name}_mpjpe_mm_median": 1000 * error,
-                f"{name}_auc_495": area.masked_fill(error.isnan(), math.nan)}
-    return out
-
-
-def yt3d_scores(f: dict[str, Any], hand: Mano) -> dict[str, Tensor]:
-    """Cross-data errors on pixel hands (N, 21, 3), which know no metres: the mean hand lends them.
-
-    Left hands are mirrored as their predictions are. Without the MANO file most joints are unknown there.
-    """
-    px = torch.as_tensor(f["columns"]["joints_px"]).to(f["left"].device).double()
-    px = torch.where(f["left"][:, None, None] & (torch.arange(3, device=px.device) == 0), -px, px)
-    one = hand.joints(torch.eye(3).expand(1, 16, 3, 3), torch.zeros(1, 10))[0].double()
-    length = (one[MIDDLE_MCP + 1] - one[MIDDLE_MCP]).norm()
-    true = px * (length / (px[:, 10] - px[:, 9]).norm(dim=-1))[:, None, None]
-    error = pa_mpjpe(f["joints"], true, true.isfinite().all(-1))
-    flat = epe(f["uv"], f["uv_true"], f["uv_true"].isfinite().all(-1) & f["uv"].isfinite().all(-1))
-    return {"pa_mpjpe_mm": 1000 * error, "pa_auc": auc(error), "epe_2d_px": flat, "auc_2d": auc(flat, 30.0)}
-
-
-def interhand_scores(f: dict[str, Any], hand: Mano | None = None) -> dict[str, Tensor]:
-    """The tool kit's MPJPE: each of 42 joints' mean first, then their mean, wrists at zero."""
-    error, left = 1000 * mpjpe(f["joints"], f["true"], f["ok"]), f["left"][:, None]
-    wide = torch.cat([error.masked_fill(left, math.nan), error.masked_fill(~left, math.nan)], 1)
-    two = torch.as_tensor(f["columns"]["hand_type"] == "interacting").to(left.device)[:, None]
-    return {"mpjpe_mm": wide, "mpjpe_mm_single": wide.masked_fill(two, math.nan),
-            "mpjpe_mm_interacting": wide.masked_fill(~two, math.nan)}
-
-
-def mrrpe(root_error: Tensor, left: Tensor, picture_of: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Error of the vector between two hands: (N, 3) m as read, left (N,), pictures (N,) -> rows, errors in m.
-
-    A pair counts where both hands of a picture have a predicted and a true wrist; its row is the right hand's.
-    """
-    side = torch.where(left[:, None], root_error * root_error.new_tensor([-1.0, 1, 1]), root_error).double()
-    known = side.isfinite().all(1)
-    hands = [dict(zip(picture_of[rows].tolist(), rows.tolist()))
-             for rows in ((~left & known).nonzero()[:, 0].numpy(), (left & known).nonzero()[:, 0].numpy())]
-    pairs = torch.tensor([(row, hands[1][key]) for key, row in hands[0].items() if key in hands[1]]).view(-1, 2)
-    return pairs[:, 0], (side[pairs[:, 1]] - side[pairs[:, 0]]).norm(dim=-1)
-
-
-def intaghand_scores(f: dict[str, Any], hand: Mano | None = None) -> dict[str, Tensor]:
-    """IntagHand's: rooted at the middle MCP, the bone wrist-middle MCP as long as the true one."""
-    error = 1000 * n_mpjpe(f["joints"], f["true"], f["ok"]).nanmean(1)
-    two = torch.as_tensor(f["columns"]["hand_type"] == "interacting").to(error.device)
-    return {"n_mpjpe_mm": error, "n_mpjpe_mm_interacting": error.masked_fill(~two, math.nan)}
-
-
-def hanco_scores(f: dict[str, Any], hand: Mano | None = None) -> dict[str, Tensor]:
-    """HaMuCo's two errors; theirs are means of batches' means, these count every picture alike."""
-    return {"n_mpjpe_mm": 1000 * n_mpjpe(f["joints"], f["true"], f["ok"]),
-            "pa_mpjpe_mm": 1000 * pa_mpjpe(f["joints"], f["true"], f["ok"])}
-
-
-def coco_scores(f: dict[str, Any], hand: Mano | None = None) -> dict[str, Tensor]:
-    """mmpose's: EPE of all key points, PCK at 0.2 of the box, area of thresholds 0, 1.5, ... 28.5 px."""
-    ok = f["uv_true"].isfinite().all(-1) & f["uv"].isfinite().all(-1)
-    error = epe(f["uv"], f["uv_true"], ok)
-    side = torch.as_tensor(f["columns"]["box"][:, 2:].max(1)).to(error)[:, None]
-    limits = 30 * torch.arange(20, dtype=torch.float64, device=error.device) / 20
-    above = 20 - torch.searchsorted(limits, error, right=True).double()                   # thresholds > error
-    known = lambda x: x.double().masked_fill(~ok, math.nan)
-    return {"epe_2d_px": error[..., None], "pck_2d_20": known(error < 0.2 * side), "auc_2d_30": known(above / 20)}
-
-
-def ti_net_scores(f: dict[str, Any], hand: Mano) -> dict[str, Tensor]:
-    """The authors' test: both hands posed with the true betas, no translation, rooted at the wrist."""
-    parts = (f["R_true"], f["shape_true"], f["R"])
-    rows = torch.stack([x.isfinite().flatten(1).all(1) for x in parts]).all(0)
-    fill = lambda x: torch.where(rows.view(-1, *[1] * (x.dim() - 1)), x, 0).float().cpu()
-    shape, ok = fill(f["shape_true"]), rows.cpu()[:, None].expand(-1, N_JOINTS)
-    pred, true = (hand.joints(fill(f[key]), shape) for key in ("R", "R_true"))
-    return {"mpjpe_mm": 1000 * mpjpe(pred, true, ok), "pa_mpjpe_mm": 1000 * pa_mpjpe(pred, true, ok)}
-
-
-PROTOCOLS: dict[str, dict[str, Callable]] = {                                # beside `ours`, by data set
-    "dexycb": {"dexycb": dexycb_scores, "ti_net": ti_net_scores},
-    "interhand": {"interhand": interhand_scores, "intaghand": intaghand_scores, "ti_net": ti_net_scores},
-    "freihand": {"freihand": freihand_scores, "peclr": peclr_scores}, "ho3d": {"ho3d": ho3d_scores},
-    "yt3d": {"yt3d": yt3d_scores}, "coco": {"coco": coco_scores}, "hanco": {"hanco": hanco_scores}}
+# ---- Tallies ----------------------------------------------------------------------------------------
 
 BLOCKS, DRAWS = 4096, 1000                    # groups of samples; bootstrap replicates
 FINE_MM, FINE_BINS = 0.02, 100_000            # of the histogram behind medians: to 2 m
@@ -663,48 +532,6 @@ def images_a_second(net: Net, data: Any, device: torch.device, count: int) -> fl
             torch.cuda.synchronize(device)
         taken.append(time.perf_counter() - began)
     return math.prod(batch["image"].shape[:-3]) / sorted(taken[1:])[1]
-
-
-def to_submit(path: Path, name: str, data: Any, kept: dict[str, Tensor]) -> Path:
-    """Write what the data set's server or tool kit reads, into the folder `path`; returns the file.
-
-    UserError where samples are missing: servers count entries, and tell none from another.
-    """
-    index = data.index
-    entry = index.columns["image_id"]
-    if name != "dexycb" and (len(entry) == 0 or entry.tolist() != list(range(len(entry))) or index.dropped):
-        raise UserError(f"--submit: {index.summary()}; the server wants every sample of the evaluation in its "
-                        "order, so nothing was written")
-    if name == "dexycb":
-        file = path / f"{index.name.replace(' ', '_').replace(':', '_')}.txt"
-        lines = (1000 * kept["joints"]).flatten(1).tolist()
-        file.write_text("".join(f"{int(k)}," + ",".join(f"{x:.4f}" for x in line) + "\n"
-                                for k, line in zip(entry, lines)))
-        say(f"wrote {file}: {len(lines):,} lines for the tool kit, mm")
-        return file
-    joints, verts = kept["joints"], kept.get("verts")
-    if name == "ho3d":
-        axes = joints.new_tensor([1.0, -1, -1])
-        joints, verts = joints[:, np.argsort(MANO_TO_OURS)] * axes, None if verts is None else verts * axes
-    write_submission(path / "pred.zip", joints, verts)
-    return path / "pred.zip"
-
-
-def write_submission(path: Path, joints: Tensor, verts: Tensor | None) -> None:
-    """pred.zip with pred.json, [(N, 21, 3), (N, 778, 3)] m, in the axes and order of the data set.
-
-    Without a mesh the server still wants vertices: zeros, so its mesh scores mean nothing then.
-    """
-    if not joints.isfinite().all():
-        lost = int((~joints.isfinite()).flatten(1).any(1).sum())
-        raise UserError(f"--submit: {lost} hands have no place in the camera frame: the network gives no root, no "
-                        "2D, and the data set no wrist")
-    verts = torch.zeros(len(joints), N_VERTS, 3) if verts is None else verts
-    rounded = lambda part: [[[round(x, 5) for x in point] for point in hand] for hand in part.tolist()]
-    content = [rounded(joints), rounded(verts)]
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("pred.json", json.dumps(content))
-    say(f"wrote {path}: {len(joints):,} hands" + ", vertices zero: this network has no mesh" * (not verts.any()))
 
 
 # ---- Tables ---------------------------------------------------------------------------------------
@@ -1024,9 +851,9 @@ def judge(args: argparse.Namespace, flags: Flags, device: torch.device) -> None:
     flags = dataclasses.replace(flags, mano=head.cfg.mano)
     if not args.data:
         flags = dataclasses.replace(flags, root=args.root or head.cfg.root, backgrounds=head.cfg.backgrounds)
-    if args.submit and (name not in SUBMITTED or split != "test" or len(nets) > 1):
+    if args.submit and (name not in SUBMIT or split != "test" or len(nets) > 1):
         raise UserError(f"--submit: no server takes {name} {split}; it can be the test split of "
-                        f"{', '.join(SUBMITTED)}, for one run")
+                        f"{', '.join(SUBMIT)}, for one run")
     known = {"ours", *PROTOCOLS.get(name, {})}
     if unknown := set(args.protocol) - known:
         raise UserError(f"--protocol {' '.join(sorted(unknown))}: {name} is judged by {', '.join(sorted(known))}")
@@ -1049,7 +876,7 @@ def judge(args: argparse.Namespace, flags: Flags, device: torch.device) -> None:
             rows[unused(rows, own, net) if row.net else row_name] = row
             row.about = beside
         if args.submit:
-            to_submit(out, name, opened[key], kept)
+            SUBMIT[name](out, opened[key].index, kept)
     rows = {"mean_pose": rows.pop("mean_pose"), **rows}
     if rank() == 0:
         conclude(args, rows, data, spec, split, out, wanted, device)
@@ -1503,7 +1330,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--metric", default="mpjpe_mm", metavar="NAME", help="of --curve (default mpjpe_mm)")
     add("--images", default="", metavar="DIR|FILE", help="predict your own photos")
     add("--obj", action="store_true", help="with --images: write each hand's mesh")
-    add("--submit", action="store_true", help=f"write the server's or tool kit's file: {', '.join(SUBMITTED)}")
+    add("--submit", action="store_true", help=f"write the server's or tool kit's file: {', '.join(SUBMIT)}")
     add("--two-pass", action="store_true", help="PeCLR: predict, crop around the prediction, predict again")
     add("--inspect", action="store_true", help="draw 16 samples of --data and count what they have")
     add("--mano", default="", metavar="FILE", help="MANO_RIGHT.pkl or .npz, or builtin")

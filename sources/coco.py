@@ -2,14 +2,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
 # common before torch: it settles how threads wait
-from common import N_JOINTS, UserError
+from common import N_JOINTS, Mano, UserError, epe
 from sources.index import Index, _cached, _drop_missing, _folder, _paths, _stamp
 
 import numpy as np
+import torch
+from torch import Tensor
 
 
 def index_coco(root: str | Path, split: str = "train", cache: str | Path | None = None) -> Index:
@@ -52,3 +55,22 @@ def _index_coco(root: Path, file: str, split: str) -> Index:
         "paths": _paths(paths.tolist()), "side": side, "id": ids, "uv": uv.astype(np.float32),
         "box": box.astype(np.float32), "annotation_id": notes, "image_id": images}, "annotated")
     return index.drop(~(np.isfinite(box).all(1) & (box[:, 2:] > 0).all(1)), "valid hands without a box")
+
+
+# ---- Official protocol ----------------------------------------------------------------------------
+
+
+
+def coco_scores(f: dict, hand: Mano | None = None) -> dict[str, Tensor]:
+    """mmpose's: EPE of all key points, PCK at 0.2 of the box, area of thresholds 0, 1.5 .. 28.5 px."""
+    ok = f["uv_true"].isfinite().all(-1) & f["uv"].isfinite().all(-1)
+    error = epe(f["uv"], f["uv_true"], ok)
+    side = torch.as_tensor(f["columns"]["box"][:, 2:].max(1)).to(error)[:, None]
+    limits = 30 * torch.arange(20, dtype=torch.float64, device=error.device) / 20
+    above = 20 - torch.searchsorted(limits, error, right=True).double()       # thresholds > error
+    near = (error < 0.2 * side).double()
+    return {"epe_2d_px": error[..., None], "pck_2d_20": near.masked_fill(~ok, math.nan),
+            "auc_2d_30": (above / 20).masked_fill(~ok, math.nan)}
+
+
+PROTOCOLS = {"coco": coco_scores}

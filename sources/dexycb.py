@@ -7,12 +7,14 @@ import zlib
 from pathlib import Path
 
 # common before torch: it settles how threads wait
-from common import N_JOINTS, UserError
+from common import N_JOINTS, Mano, UserError, auc, epe, mpjpe, pa_mpjpe, say
 from sources.index import (
     UNLABELLED, Index, _cached, _drop_missing, _folder, _mano_stamp, _note_poses, _paths,
     _stamp, tight_box)
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 
@@ -144,3 +146,50 @@ def _index_dexycb(name: str, root: Path, folders: list[Path], cameras: list[int]
         **{name: value.astype(np.float32) for name, value in numbers.items()},
         "image_id": np.arange(len(uv)), "outside": outside, "reason": column["reason"]}, "joints")
     return index
+
+
+# ---- Official protocol ----------------------------------------------------------------------------
+
+
+
+def dexycb_scores(f: dict, hand: Mano | None = None) -> dict[str, Tensor]:
+    """The tool kit's three errors and areas, of labelled frames: absolute, rooted at the wrist, aligned."""
+    ok = f["ok"].all(1, keepdim=True).expand_as(f["ok"])
+    absolute = epe(f["camera"], f["true"], ok)
+    relative = mpjpe(f["joints"], f["true"], ok)
+    aligned = pa_mpjpe(f["joints"], f["true"], ok, reflect=True)
+    return {"abs_mpjpe_mm": 1000 * absolute, "abs_auc": auc(absolute),
+            "mpjpe_mm": 1000 * relative, "pa_mpjpe_mm_reflect": 1000 * aligned,
+            "auc": auc(relative), "pa_auc_reflect": auc(aligned)}
+
+
+def ti_net_scores(f: dict, hand: Mano) -> dict[str, Tensor]:
+    """TI-Net's test: both hands posed with the true betas, no translation, rooted at the wrist.
+
+    The authors wrote it for DexYCB and use it on InterHand2.6M too.
+    """
+    parts = (f["R_true"], f["shape_true"], f["R"])
+    rows = torch.stack([x.isfinite().flatten(1).all(1) for x in parts]).all(0)
+
+    def filled(x: Tensor) -> Tensor:
+        """The hand stays on the CPU, and unknown poses must not spoil the others."""
+        return torch.where(rows.view(-1, *[1] * (x.dim() - 1)), x, 0).float().cpu()
+
+    shape = filled(f["shape_true"])
+    ok = rows.cpu()[:, None].expand(-1, N_JOINTS)
+    pred, true = (hand.joints(filled(f[key]), shape) for key in ("R", "R_true"))
+    return {"mpjpe_mm": 1000 * mpjpe(pred, true, ok), "pa_mpjpe_mm": 1000 * pa_mpjpe(pred, true, ok)}
+
+
+def submit_dexycb(out: Path, index: Index, kept: dict[str, Tensor]) -> Path:
+    """The tool kit's file in the folder `out`: a line a frame, its number, then 63 numbers in mm."""
+    file = out / f"{index.name.replace(' ', '_').replace(':', '_')}.txt"
+    frames = index.columns["image_id"].tolist()
+    lines = (1000 * kept["joints"]).flatten(1).tolist()
+    file.write_text("".join(f"{frame}," + ",".join(f"{x:.4f}" for x in line) + "\n"
+                            for frame, line in zip(frames, lines)))
+    say(f"wrote {file}: {len(lines):,} lines for the tool kit, mm")
+    return file
+
+
+PROTOCOLS = {"dexycb": dexycb_scores, "ti_net": ti_net_scores}

@@ -2,17 +2,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 
 # common before torch: it settles how threads wait
-from common import N_JOINTS, N_VERTS, Mano, UserError, axis_angle_to_matrix
+from common import (
+    N_JOINTS, N_VERTS, Mano, UserError, auc, axis_angle_to_matrix, epe, f_score, pa_mpjpe,
+    procrustes)
 from sources.index import (
     Index, _cached, _drop_missing, _folder, _json_numbers, _mano_stamp, _note_poses, _nothing,
     _paths, _stamp, hand_labels, tight_box)
+from sources.submission import every_sample, write_submission
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 # FreiHAND v2: layout, joint order and variants are those of lmb-freiburg/freihand 5ea4ab9.
@@ -150,3 +155,56 @@ def _mesh_trans(pose: np.ndarray, shape: np.ndarray, verts: np.ndarray, joints: 
         trans, other = apart.mean(1), layer.regress(given) - stored
         found.append((trans, (apart - trans[:, None]).norm(dim=-1).mean(1), other.norm(dim=-1).mean(1)))
     return tuple(torch.cat(part).numpy() for part in zip(*found))
+
+
+# ---- Official protocol ----------------------------------------------------------------------------
+
+
+
+def freihand_scores(f: dict, hand: Mano | None = None) -> dict[str, Tensor]:
+    """The official script's twelve scores, those of the mesh where there is one.
+
+    Joints and mesh are aligned each by itself. Samples without truth do not count: the test set
+    as published has none.
+    """
+    parts = {"mpjpe": (f["camera"], f["true"], f["ok"])}
+    if "verts" in f:
+        parts["mpvpe"] = f["verts"], f["verts_true"], f["verts_true"].isfinite().all(-1)
+    out = {}
+    for kind, (pred, true, ok) in parts.items():
+        raw, aligned = epe(pred, true, ok), pa_mpjpe(pred, true, ok, reflect=True)
+        area = "auc" + "_verts" * (kind == "mpvpe")
+        out |= {f"abs_{kind}_mm": 1000 * raw, f"abs_{area}": auc(raw),
+                f"pa_{kind}_mm_reflect": 1000 * aligned, f"pa_{area}_reflect": auc(aligned)}
+    if "verts" in f:
+        pred, true, ok = parts["mpvpe"]
+        rows = ok.all(1)
+        meshes = {"_raw": pred, "_reflect": procrustes(pred, true, ok, reflect=True)}
+        for suffix, mesh in meshes.items():
+            both = true.new_full((len(rows), 2), math.nan, dtype=torch.float64)
+            both[rows] = f_score(mesh[rows], true[rows])
+            out |= {f"f_5{suffix}": both[:, 0], f"f_15{suffix}": both[:, 1]}
+    return out
+
+
+def peclr_scores(f: dict, hand: Mano | None = None) -> dict[str, Tensor]:
+    """PeCLR's helper: mean and median of all joints' errors, area of the PCK to 49.5 cm, strict <."""
+    limits = torch.arange(100, dtype=torch.float64, device=f["true"].device) * 0.005
+    errors = {"abs": epe(f["camera"], f["true"], f["ok"]),
+              "pa": pa_mpjpe(f["camera"], f["true"], f["ok"])}
+    out = {}
+    for name, error in errors.items():
+        first = torch.searchsorted(limits, error, right=True).double()
+        area = ((99.5 - first).clamp(min=0) / 99).masked_fill(error.isnan(), math.nan)
+        out |= {f"{name}_mpjpe_mm": 1000 * error, f"{name}_mpjpe_mm_median": 1000 * error,
+                f"{name}_auc_495": area}
+    return out
+
+
+def submit_freihand(out: Path, index: Index, kept: dict[str, Tensor]) -> Path:
+    """pred.zip in the folder `out`, as the server reads it: our axes and order are FreiHAND's."""
+    every_sample(index)
+    return write_submission(out / "pred.zip", kept["joints"], kept.get("verts"))
+
+
+PROTOCOLS = {"freihand": freihand_scores, "peclr": peclr_scores}

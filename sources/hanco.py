@@ -6,12 +6,14 @@ import os
 from pathlib import Path
 
 # common before torch: it settles how threads wait
-from common import N_JOINTS, UserError, axis_angle_to_matrix, matrix_to_axis_angle
+from common import (
+    N_JOINTS, Mano, UserError, axis_angle_to_matrix, matrix_to_axis_angle, n_mpjpe, pa_mpjpe)
 from sources.index import (
     Index, _cached, _folder, _mano_stamp, _note_poses, _paths, _stamp, hand_labels)
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 
@@ -126,3 +128,16 @@ def _hanco_poses(column: dict[str, np.ndarray], mano: dict | None) -> dict[str, 
         trans = np.einsum("nij,nj->ni", M[:, :3, :3], wrist + column["trans"]) + M[:, :3, 3] - wrist
     return {key: value.astype(np.float32) for key, value in
             (("pose", pose), ("shape", column["shape"]), ("trans", trans))}
+
+
+# ---- Official protocol ----------------------------------------------------------------------------
+
+
+
+def hanco_scores(f: dict, hand: Mano | None = None) -> dict[str, Tensor]:
+    """HaMuCo's two errors; theirs are means of batches' means, these count every picture alike."""
+    return {"n_mpjpe_mm": 1000 * n_mpjpe(f["joints"], f["true"], f["ok"]),
+            "pa_mpjpe_mm": 1000 * pa_mpjpe(f["joints"], f["true"], f["ok"])}
+
+
+PROTOCOLS = {"hanco": hanco_scores}

@@ -7,14 +7,18 @@ from pathlib import Path
 
 # common before torch: it settles how threads wait
 from common import (
-    MANO_TO_OURS, N_JOINTS, N_VERTS, UserError, axis_angle_to_matrix, matrix_to_axis_angle)
+    MANO_TO_OURS, N_JOINTS, N_VERTS, ROOT, Mano, UserError, auc, axis_angle_to_matrix,
+    matrix_to_axis_angle, n_mpjpe)
 from hand.official import _PICKLE_NAMES, _read_pickle, _Recorded, _Recorder, _value
+from sources.freihand import freihand_scores
 from sources.index import (
     UNLABELLED, Index, _cached, _drop_missing, _folder, _json_numbers, _mano_stamp,
     _note_poses, _nothing, _paths, _stamp, tight_box)
+from sources.submission import every_sample, write_submission
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 
@@ -171,3 +175,24 @@ def _ho3d_truth(root: Path, wrists: np.ndarray) -> tuple[dict[str, np.ndarray], 
         raise UserError(f"ho3d: {root}/evaluation_xyz.json lies {1000 * np.nanmedian(apart):.0f} mm "
                         "from the wrists in evaluation/*/meta: it is of other frames or in other axes")
     return found, notes
+
+
+# ---- Official protocol ----------------------------------------------------------------------------
+
+
+
+def ho3d_scores(f: dict, hand: Mano | None = None) -> dict[str, Tensor]:
+    """The official script's: FreiHAND's twelve, and joints after scale and translation."""
+    scaled = n_mpjpe(f["joints"], f["true"], f["ok"], root=ROOT)
+    return freihand_scores(f) | {"st_mpjpe_mm": 1000 * scaled, "st_auc": auc(scaled)}
+
+
+def submit_ho3d(out: Path, index: Index, kept: dict[str, Tensor]) -> Path:
+    """pred.zip in the folder `out`, as the server reads it: OpenGL axes, joints in MANO's order."""
+    every_sample(index)
+    axes = torch.tensor(OPENGL).float()
+    verts = kept["verts"] @ axes if "verts" in kept else None
+    return write_submission(out / "pred.zip", kept["joints"][:, np.argsort(MANO_TO_OURS)] @ axes, verts)
+
+
+PROTOCOLS = {"ho3d": ho3d_scores}

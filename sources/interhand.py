@@ -2,17 +2,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
 # common before torch: it settles how threads wait
-from common import N_JOINTS, UserError, axis_angle_to_matrix, matrix_to_axis_angle
+from common import (
+    N_JOINTS, Mano, UserError, axis_angle_to_matrix, matrix_to_axis_angle, mpjpe, n_mpjpe)
 from hand.official import mirror_mano
+from sources.dexycb import ti_net_scores
 from sources.index import (
     Index, _cached, _drop_missing, _folder, _mano_stamp, _note_poses, _paths, _stamp, tight_box)
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 
@@ -132,3 +136,43 @@ def _index_interhand(name: str, root: Path, split: str, part: str, files: list[s
         "paths": _paths(column["path"].tolist()), "side": column["side"], "id": column["id"],
         **{key: value.astype(np.float32) for key, value in numbers.items()},
         **{key: column[key] for key in score}}, "joints", dropped).drop(broken, "hands with NaN")
+
+
+# ---- Official protocol ----------------------------------------------------------------------------
+
+
+
+def interhand_scores(f: dict, hand: Mano | None = None) -> dict[str, Tensor]:
+    """The tool kit's MPJPE: each of 42 joints' mean first, then their mean, wrists at zero."""
+    error = 1000 * mpjpe(f["joints"], f["true"], f["ok"])
+    left = f["left"][:, None]
+    wide = torch.cat([error.masked_fill(left, math.nan), error.masked_fill(~left, math.nan)], 1)
+    two = torch.as_tensor(f["columns"]["hand_type"] == "interacting").to(left.device)[:, None]
+    return {"mpjpe_mm": wide, "mpjpe_mm_single": wide.masked_fill(two, math.nan),
+            "mpjpe_mm_interacting": wide.masked_fill(~two, math.nan)}
+
+
+def mrrpe(root_error: Tensor, left: Tensor, picture_of: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Error of the vector between two hands: (N, 3) m as read, left (N,), pictures (N,) -> (P,) twice.
+
+    First the numbers of rows, then errors in m. A pair counts where both hands of a picture have a
+    predicted and a true wrist; its row is the right hand's.
+    """
+    mirrored = root_error * root_error.new_tensor([-1.0, 1, 1])
+    error = torch.where(left[:, None], mirrored, root_error).double()
+    known = error.isfinite().all(1)
+    right_of, left_of = (dict(zip(picture_of[rows].tolist(), rows.tolist())) for rows in (
+        (~left & known).nonzero()[:, 0].numpy(), (left & known).nonzero()[:, 0].numpy()))
+    pairs = [(row, left_of[picture]) for picture, row in right_of.items() if picture in left_of]
+    rights, lefts = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
+    return rights, (error[lefts] - error[rights]).norm(dim=-1)
+
+
+def intaghand_scores(f: dict, hand: Mano | None = None) -> dict[str, Tensor]:
+    """IntagHand's: rooted at the middle MCP, the bone wrist-middle MCP as long as the true one."""
+    error = 1000 * n_mpjpe(f["joints"], f["true"], f["ok"]).nanmean(1)
+    two = torch.as_tensor(f["columns"]["hand_type"] == "interacting").to(error.device)
+    return {"n_mpjpe_mm": error, "n_mpjpe_mm_interacting": error.masked_fill(~two, math.nan)}
+
+
+PROTOCOLS = {"interhand": interhand_scores, "intaghand": intaghand_scores, "ti_net": ti_net_scores}

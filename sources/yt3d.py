@@ -8,12 +8,15 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 # common before torch: it settles how threads wait
-from common import MANO_TO_OURS, N_VERTS, TIPS, UserError
+from common import (
+    MANO_TO_OURS, MIDDLE_MCP, N_VERTS, TIPS, Mano, UserError, auc, epe, pa_mpjpe)
 from sources.index import (
     Index, _cached, _drop_missing, _folder, _mano_stamp, _paths, _pictures, _stamp, tight_box)
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 
 # YouTube3DHands: layout is that of arielai/youtube_3d_hands; the frames come from its download script.
@@ -109,3 +112,29 @@ def _yt3d_notes(paths: list[str], frames: set[str], scale: np.ndarray, known: bo
     if not known:
         notes.append("only the finger tips are known: the other joints need the MANO file's regressor")
     return notes
+
+
+# ---- Official protocol ----------------------------------------------------------------------------
+
+
+
+def yt3d_scores(f: dict, hand: Mano) -> dict[str, Tensor]:
+    """Cross-data errors on pixel hands (N, 21, 3), which know no metres: the mean hand lends them.
+
+    Left hands are mirrored as their predictions are. Without the MANO file most joints are unknown.
+    """
+    px = torch.as_tensor(f["columns"]["joints_px"]).to(f["left"].device).double()
+    mirrored = px * px.new_tensor([-1.0, 1, 1])
+    px = torch.where(f["left"][:, None, None], mirrored, px)
+    one = hand.joints(torch.eye(3).expand(1, 16, 3, 3), torch.zeros(1, 10))[0].double()
+    length = (one[MIDDLE_MCP + 1] - one[MIDDLE_MCP]).norm()
+    bone = (px[:, MIDDLE_MCP + 1] - px[:, MIDDLE_MCP]).norm(dim=-1)
+    true = px * (length / bone)[:, None, None]
+    error = pa_mpjpe(f["joints"], true, true.isfinite().all(-1))
+    known = f["uv_true"].isfinite().all(-1) & f["uv"].isfinite().all(-1)
+    flat = epe(f["uv"], f["uv_true"], known)
+    return {"pa_mpjpe_mm": 1000 * error, "pa_auc": auc(error),
+            "epe_2d_px": flat, "auc_2d": auc(flat, 30.0)}
+
+
+PROTOCOLS = {"yt3d": yt3d_scores}

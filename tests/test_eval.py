@@ -9,6 +9,8 @@ import torch
 
 import eval as judge
 import ti_net
+from sources import dexycb, freihand, hanco, ho3d, interhand, yt3d
+from sources.submission import write_submission
 from common import Mano, UserError, axis_angle_to_matrix, guarded, save_checkpoint
 from hand.builtin import builtin_hand
 
@@ -81,7 +83,7 @@ def hands_of(gold):
 def test_freihand_s_scores_match_the_official_script(golden):
     """Mean, median and area of its EvalUtil on six hands, raw and aligned; millimetres here, metres there."""
     gold = golden("peclr")
-    scores = means(judge.freihand_scores(hands_of(gold)))
+    scores = means(freihand.freihand_scores(hands_of(gold)))
     for prefix, name, suffix in (("abs", "xyz", ""), ("pa", "pa", "_reflect")):
         mean, _, area = gold[f"fh_measures_{name}_mean_median_auc"]
         assert scores[f"{prefix}_mpjpe_mm{suffix}"] == pytest.approx(1000 * mean, abs=1e-4)
@@ -92,7 +94,7 @@ def test_freihand_s_scores_match_the_official_script(golden):
 
 def test_peclr_s_helper_scores_match_golden(golden):
     gold = golden("peclr")
-    scores = means(judge.peclr_scores(hands_of(gold)))
+    scores = means(freihand.peclr_scores(hands_of(gold)))
     for prefix, name in (("abs", "raw"), ("pa", "pa")):
         mean, median = gold[f"peclr_{name}_epe"][:2]
         assert scores[f"{prefix}_mpjpe_mm"] == pytest.approx(1000 * mean, abs=1e-4)
@@ -105,12 +107,12 @@ def test_freihand_s_mesh_scores_are_absolute_and_aligned():
     true = 0.05 * torch.randn(3, 778, 3)
     found = hands_of({"ev_gt": true[:, :21].numpy(), "ev_pred": true[:, :21].numpy()})
     found |= {"verts": true + torch.tensor([0.0, 0.004, 0.0]), "verts_true": true}
-    scores = means(judge.freihand_scores(found))
+    scores = means(freihand.freihand_scores(found))
     assert scores["abs_mpvpe_mm"] == pytest.approx(4, abs=1e-4) and scores["pa_mpvpe_mm_reflect"] < 1e-3
     assert scores["f_15_raw"] == 1 and scores["f_5_reflect"] == 1 and len(scores) == 12
     assert scores["abs_auc_verts"] == pytest.approx(91.5 / 99, abs=1e-6)        # 4 mm is below the ninth threshold
     found["verts"] = true * torch.tensor([-1.0, 1, 1])
-    assert means(judge.freihand_scores(found))["pa_mpvpe_mm_reflect"] < 1e-3            # a mirrored hand passes
+    assert means(freihand.freihand_scores(found))["pa_mpvpe_mm_reflect"] < 1e-3            # a mirrored hand passes
 
 
 def test_pixel_hands_borrow_the_mean_hand_s_length(golden):
@@ -124,7 +126,7 @@ def test_pixel_hands_borrow_the_mean_hand_s_length(golden):
     def score(joints, side="left", px=px):
         found = {"joints": joints, "left": torch.tensor([side == "left"]), "columns": {"joints_px": px},
                  "uv": nowhere, "uv_true": nowhere}
-        return means(judge.yt3d_scores(found, hand))
+        return means(yt3d.yt3d_scores(found, hand))
 
     assert score(rest)["pa_mpjpe_mm"] < 1e-3
     moved = rest.clone()
@@ -136,7 +138,7 @@ def test_pixel_hands_borrow_the_mean_hand_s_length(golden):
 
 def test_a_submission_is_a_flat_zip_in_the_server_s_form(tmp_path):
     joints = torch.arange(2 * 63).view(2, 21, 3) / 1000 + 0.000001
-    judge.write_submission(tmp_path / "pred.zip", joints, None)
+    write_submission(tmp_path / "pred.zip", joints, None)
     with zipfile.ZipFile(tmp_path / "pred.zip") as archive:
         assert archive.namelist() == ["pred.json"]
         xyz, verts = json.loads(archive.read("pred.json"))
@@ -146,25 +148,25 @@ def test_a_submission_is_a_flat_zip_in_the_server_s_form(tmp_path):
 
 def test_the_truth_scores_zero_under_every_protocol():
     found, hand = truth(), Mano(builtin_hand())
-    dexycb = means(judge.dexycb_scores(found))
-    assert dexycb["mpjpe_mm"] == 0 and dexycb["pa_mpjpe_mm_reflect"] < 1e-3
-    assert dexycb["auc"] == 1 and dexycb["abs_mpjpe_mm"] == 0
-    freihand = means(judge.freihand_scores(found))
-    assert freihand["abs_mpjpe_mm"] == 0 and freihand["pa_auc_reflect"] > 0.98
-    ho3d = means(judge.ho3d_scores(found))
-    assert ho3d["st_mpjpe_mm"] < 1e-6 and ho3d["st_auc"] > 0.98
-    assert means(judge.peclr_scores(found))["abs_auc_495"] == pytest.approx(98.5 / 99)    # strict: 0 is not < 0
-    assert set(means(judge.interhand_scores(found)).values()) == {0.0}
-    assert max(means(judge.intaghand_scores(found)).values()) < 1e-6
-    assert max(means(judge.hanco_scores(found)).values()) < 1e-3
-    assert means(judge.ti_net_scores(found, hand)) == {"mpjpe_mm": 0.0, "pa_mpjpe_mm": pytest.approx(0, abs=1e-3)}
+    kit = means(dexycb.dexycb_scores(found))
+    assert kit["mpjpe_mm"] == 0 and kit["pa_mpjpe_mm_reflect"] < 1e-3
+    assert kit["auc"] == 1 and kit["abs_mpjpe_mm"] == 0
+    official = means(freihand.freihand_scores(found))
+    assert official["abs_mpjpe_mm"] == 0 and official["pa_auc_reflect"] > 0.98
+    scaled = means(ho3d.ho3d_scores(found))
+    assert scaled["st_mpjpe_mm"] < 1e-6 and scaled["st_auc"] > 0.98
+    assert means(freihand.peclr_scores(found))["abs_auc_495"] == pytest.approx(98.5 / 99)    # strict: 0 is not < 0
+    assert set(means(interhand.interhand_scores(found)).values()) == {0.0}
+    assert max(means(interhand.intaghand_scores(found)).values()) < 1e-6
+    assert max(means(hanco.hanco_scores(found)).values()) < 1e-3
+    assert means(dexycb.ti_net_scores(found, hand)) == {"mpjpe_mm": 0.0, "pa_mpjpe_mm": pytest.approx(0, abs=1e-3)}
 
 
 def test_dexycb_s_kit_lets_reflections_pass_and_skips_unlabelled_frames():
     found = truth()
     found["joints"] = found["true"] * torch.tensor([-1.0, 1, 1])
     found["true"][3], found["ok"][3] = -1.0, False
-    scores = means(judge.dexycb_scores(found))
+    scores = means(dexycb.dexycb_scores(found))
     assert scores["pa_mpjpe_mm_reflect"] < 1e-3 < 10 < scores["mpjpe_mm"]
 
 
@@ -172,7 +174,7 @@ def test_dexycb_s_area_is_the_trapezoid_over_a_hundred_thresholds():
     """All joints but the wrist 20 mm off along x: errors 0 once and 20 twenty times."""
     found = truth(4)
     found["joints"][:, 1:, 0] += 0.02
-    scores = means(judge.dexycb_scores(found))
+    scores = means(dexycb.dexycb_scores(found))
     assert scores["mpjpe_mm"] == pytest.approx(20 * 20 / 21, abs=1e-3)
     share = [1 / 21 if 50 * k / 99 < 20 else 1.0 for k in range(100)]
     area = sum((a + b) / 2 for a, b in zip(share, share[1:])) / 99
@@ -188,7 +190,7 @@ def test_interhand_s_mean_is_over_joints_first():
     found["joints"][3, 1:, 1] += 0.010
     found["ok"][1, 5] = False                                             # 5 counts in two right hands
     found["columns"] = {"hand_type": np.array(["interacting", "right", "right", "interacting", "interacting"])}
-    scores = means(judge.interhand_scores(found))
+    scores = means(interhand.interhand_scores(found))
     expected = (42 / 2 + 20 * 10 / 2) / 42
     assert scores["mpjpe_mm"] == pytest.approx(expected, abs=1e-3)
     assert scores["mpjpe_mm_interacting"] == pytest.approx((42 + 20 * 10 / 2) / 42, abs=1e-3)
@@ -199,11 +201,11 @@ def test_ti_net_s_protocol_gives_the_prediction_the_true_betas():
     """Only the pose counts: another wrist rotation costs, other joints or shapes do not."""
     found, hand = truth(), Mano(builtin_hand())
     found["joints"] = found["joints"] * 3
-    assert means(judge.ti_net_scores(found, hand))["mpjpe_mm"] == 0
+    assert means(dexycb.ti_net_scores(found, hand))["mpjpe_mm"] == 0
     turn = axis_angle_to_matrix(torch.tensor([0.0, 0, 0.1]))
     found["R"] = found["R"].clone()
     found["R"][:, 0] = turn @ found["R"][:, 0]
-    scores = means(judge.ti_net_scores(found, hand))
+    scores = means(dexycb.ti_net_scores(found, hand))
     reach = hand.joints(found["R_true"], found["shape_true"])
     reach = (reach - reach[:, :1])[..., :2].norm(dim=-1).mean()           # what a turn about z moves
     assert scores["mpjpe_mm"] == pytest.approx(1000 * float(reach) * 2 * math.sin(0.05), rel=1e-3)
@@ -244,7 +246,7 @@ def test_absolute_errors_feel_where_the_hand_stands():
     """The true hand 30 mm to the right: nothing for rooted and aligned errors, 30 mm for absolute ones."""
     found = truth()
     found["camera"] = found["true"] + torch.tensor([0.03, 0.0, 0.0])
-    for scores in (means(judge.dexycb_scores(found)), means(judge.freihand_scores(found)), means(judge.peclr_scores(found))):
+    for scores in (means(dexycb.dexycb_scores(found)), means(freihand.freihand_scores(found)), means(freihand.peclr_scores(found))):
         assert scores["abs_mpjpe_mm"] == pytest.approx(30, abs=1e-3)
-    assert means(judge.dexycb_scores(found))["mpjpe_mm"] == 0
-    assert means(judge.dexycb_scores(found))["abs_auc"] == pytest.approx((99.5 - 60) / 99, abs=1e-6)     # the sixtieth threshold
+    assert means(dexycb.dexycb_scores(found))["mpjpe_mm"] == 0
+    assert means(dexycb.dexycb_scores(found))["abs_auc"] == pytest.approx((99.5 - 60) / 99, abs=1e-6)     # the sixtieth threshold

@@ -12,6 +12,7 @@ from PIL import Image
 
 import common
 from hand import hand_mark
+from sources import coco, dexycb, hanco, ho3d, interhand
 from sources.ho3d import index_ho3d
 from sources.index import Index
 from sources.interhand import INTERHAND_TO_OURS
@@ -68,7 +69,7 @@ def test_hanco_s_errors_match_golden(golden):
     gold = golden("judge")
     true, ok = 0.2 * torch.tensor(gold["true"]), torch.ones(6, 21, dtype=torch.bool)
     for kind in ("single", "interaction"):
-        scores = means(judge.hanco_scores({"joints": 0.2 * torch.tensor(gold[kind]), "true": true, "ok": ok}))
+        scores = means(hanco.hanco_scores({"joints": 0.2 * torch.tensor(gold[kind]), "true": true, "ok": ok}))
         assert scores["n_mpjpe_mm"] == pytest.approx(float(gold[f"{kind}_n"]), abs=1e-6)
         assert scores["pa_mpjpe_mm"] == pytest.approx(float(gold[f"{kind}_pa"]), abs=1e-6)
 
@@ -78,17 +79,17 @@ def test_ho3d_scales_by_one_bone_and_puts_wrist_on_wrist():
     f = truth(6)
     f["joints"] = 1.3 * f["true"] + 0.2
     f["camera"] = f["joints"]
-    assert means(judge.ho3d_scores(f))["st_mpjpe_mm"] < 1e-4
+    assert means(ho3d.ho3d_scores(f))["st_mpjpe_mm"] < 1e-4
     f["joints"] = f["true"].clone()
     f["joints"][:, 8, 1] += 0.021
-    assert means(judge.ho3d_scores(f))["st_mpjpe_mm"] == pytest.approx(1, abs=1e-4)
+    assert means(ho3d.ho3d_scores(f))["st_mpjpe_mm"] == pytest.approx(1, abs=1e-4)
     f["joints"] = f["true"].clone()
     f["joints"][:, 0] += torch.tensor([0.012, -0.003, 0.01])                         # another bone, another wrist
     expected = []
     for p, t in zip(f["joints"].double(), f["true"].double()):
         s = (t[9] - t[0]).norm() / (p[9] - p[0]).norm()
         expected += [float((s * (p[j] - p[0]) - (t[j] - t[0])).norm()) for j in range(21)]
-    assert means(judge.ho3d_scores(f))["st_mpjpe_mm"] == pytest.approx(1000 * np.mean(expected), rel=1e-5)
+    assert means(ho3d.ho3d_scores(f))["st_mpjpe_mm"] == pytest.approx(1000 * np.mean(expected), rel=1e-5)
 
 
 def test_coco_is_scored_as_mmpose_does():
@@ -97,7 +98,7 @@ def test_coco_is_scored_as_mmpose_does():
     f = {"uv": uv + torch.tensor([[9.0, 0], [0, 21]])[:, None], "uv_true": uv.clone(),
          "columns": {"box": np.array([[0, 0, 80, 100], [5, 5, 50, 40.0]])}}
     f["uv_true"][1, 3] = math.nan
-    scores = means(judge.coco_scores(f))
+    scores = means(coco.coco_scores(f))
     assert scores["epe_2d_px"] == pytest.approx((21 * 9 + 20 * 21) / 41)                       # all points alike
     assert scores["pck_2d_20"] == pytest.approx((20 * 0.5 + 1) / 21)                           # 21 px is not < 10
     # thresholds 0, 1.5, .. 28.5: 9 < 10.5 .. 28.5 are 13 of 20, 21 < 22.5 .. 28.5 are 5
@@ -108,7 +109,7 @@ def test_mrrpe_is_the_error_between_two_wrists():
     """Picture 5 has both: the left, read mirrored, 3 mm off in its x, the right 1 mm in x and 3 in y: |(-4, -3)|."""
     error = torch.tensor([[0.001, 0.003, 0], [0.003, 0, 0], [9, 9, 9], [math.nan, 0, 0], [1, 1, 1]])
     left, pictures = torch.tensor([False, True, False, True, False]), np.array([5, 5, 6, 7, 7])
-    at, found = judge.mrrpe(error, left, pictures)
+    at, found = interhand.mrrpe(error, left, pictures)
     assert at.tolist() == [0] and found.tolist() == pytest.approx([0.005])
 
 
@@ -116,7 +117,7 @@ def test_intaghand_roots_at_the_middle_knuckle_and_scales_its_bone():
     f = truth(4)
     f["joints"] = 0.5 * f["true"] + 1
     f["joints"][:, 9] += 0.0
-    scores = means(judge.intaghand_scores(f))
+    scores = means(interhand.intaghand_scores(f))
     assert scores["n_mpjpe_mm"] < 1e-3 and set(scores) == {"n_mpjpe_mm", "n_mpjpe_mm_interacting"}
 
 
@@ -304,7 +305,7 @@ def test_dexycb_s_file_has_a_line_a_frame_in_millimetres_with_left_hands_given_b
     f = truth(2) | {"left": torch.tensor([False, True])}
     kept = {}
     judge.keep(kept, f, submit=True, pairs=False)
-    file = judge.to_submit(tmp_path, "dexycb", types.SimpleNamespace(index=index), kept["parts"][0])
+    file = dexycb.submit_dexycb(tmp_path, index, kept["parts"][0])
     lines = [line.split(",") for line in file.read_text().splitlines()]
     assert [line[0] for line in lines] == ["4", "9"] and [len(line) for line in lines] == [64, 64]
     assert float(lines[0][4]) == pytest.approx(1000 * float(f["camera"][0, 1, 0]), abs=1e-3)
@@ -370,7 +371,7 @@ def test_named_outputs_of_several_views_are_rows_and_missing_views_do_not_count(
     module = types.SimpleNamespace(__name__="stand_in", Config=ti_net.Config, build=lambda cfg: Net(), MARGIN=1.7,
                                    stored_side=lambda cfg: 32, open_rig=lambda cfg, split, device: Moments())
     monkeypatch.setitem(judge.METHODS, "stand_in", module)
-    monkeypatch.setitem(judge.PROTOCOLS, "synthetic", {"hanco": judge.hanco_scores})
+    monkeypatch.setitem(judge.PROTOCOLS, "synthetic", {"hanco": hanco.hanco_scores})
     run_of(here / "old")
     content = common.load_checkpoint("old/finetune.pt")
     (here / "run").mkdir()
