@@ -335,66 +335,21 @@ def mano_numpy(params: dict[str, np.ndarray], R: np.ndarray, shape: np.ndarray,
     return verts + move, t + move
 
 
-def _skin(A: Tensor, x: Tensor, W: Tensor) -> Tensor:
-    """Skinning: transforms (B, 3, 4, 16), points (B, 3, N), weights (16, N) -> (B, 3, N)."""
-    T = A @ W                                                # (B, 3, 4, N) one transform a vertex
-    return (T[:, :, :3] * x[:, None]).sum(2) + T[:, :, 3]
-
-
-class _ChunkedSkin(torch.autograd.Function):
-    """`_skin` for large batches on a CPU; see tests/bench.py.
-
-    Skinning is bound by the memory traffic of T, 37 kB a hand: T is made for some hands at a time,
-    so it stays in the cache, and made again in backward instead of being kept.
-    """
-
-    CHUNK = 64                                               # hands at a time
-
-    @staticmethod
-    def forward(ctx, A: Tensor, x: Tensor, W: Tensor) -> Tensor:
-        ctx.save_for_backward(A, x, W)
-        out = torch.empty_like(x)
-        for a, x, o in zip(*(s.split(_ChunkedSkin.CHUNK) for s in (A, x, out))):
-            T = (a.reshape(-1, 16) @ W).view(-1, 3, 4, W.shape[1])
-            torch.addcmul(T[:, :, 3], T[:, :, 0], x[:, None, 0], out=o)
-            o.addcmul_(T[:, :, 1], x[:, None, 1]).addcmul_(T[:, :, 2], x[:, None, 2])
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        A, x, W = ctx.saved_tensors
-        if torch.is_grad_enabled():                          # create_graph: a second derivative
-            return *torch.autograd.grad(_skin(A, x, W), (A, x), grad, create_graph=True), None
-        grad_A, grad_x = torch.empty_like(A), torch.empty_like(x)
-        whole = (A, x, grad, grad_A, grad_x)
-        for a, x, g, ga, gx in zip(*(s.split(_ChunkedSkin.CHUNK) for s in whole)):
-            g = g.contiguous()
-            T = (a.reshape(-1, 16) @ W).view(-1, 3, 4, W.shape[1])
-            torch.mul(T[:, 0, :3], g[:, 0:1], out=gx)
-            gx.addcmul_(T[:, 1, :3], g[:, 1:2]).addcmul_(T[:, 2, :3], g[:, 2:3])
-            torch.mul(g[:, :, None], x[:, None], out=T[:, :, :3])          # T becomes its gradient
-            T[:, :, 3] = g
-            ga.copy_((T.view(-1, W.shape[1]) @ W.mT).view_as(ga))
-        return grad_A, grad_x, None
-
-
 class Mano(nn.Module):
     """The hand model in Torch, differentiable in everything; same maths as `mano_numpy`.
 
     `params` from `load_mano` or `builtin_hand`; `tips` a name in TIPS or five vertices, thumb to
     pinky. Works in `dtype` whatever the inputs are, also under autocast (float16 is NaN at the flat
-    hand in common layers). `plain` leaves the hand-written gradient out, for vmap and forward-mode
-    derivatives; second derivatives and torch.compile leave it out by themselves.
+    hand in common layers).
     The arrays stay out of state_dict: MANO's may not be passed on with a checkpoint.
     """
 
     def __init__(self, params: dict[str, np.ndarray], tips: str | tuple[int, ...] = "smplx",
-                 dtype: torch.dtype = torch.float32, plain: bool = False):
+                 dtype: torch.dtype = torch.float32):
         super().__init__()
         if isinstance(tips, str) and tips not in TIPS:
             raise UserError(f"unknown finger tips {tips!r}; known: {', '.join(TIPS)}")
         tips = list(TIPS[tips] if isinstance(tips, str) else tips)
-        self.plain = plain
 
         def keep(name: str, array: np.ndarray) -> None:
             value = torch.tensor(np.ascontiguousarray(array))
@@ -500,12 +455,13 @@ class Mano(nn.Module):
             G, t = world[..., :3, :3], world[..., :3, 3]
             # Shape and pose blend shapes in one product; the wrist has no correctives.
             coefficients = torch.cat([shape, (R[:, 1:] - self.eye).flatten(1)], 1)     # (B, 145)
-            x = torch.addmm(template, coefficients, basis).unflatten(1, (3, -1))       # (B, 3, N)
+            rest = torch.addmm(template, coefficients, basis).unflatten(1, (3, -1))    # (B, 3, N)
             offset = t[..., None] - G @ J[..., None]
             A = torch.cat([G, offset], -1).permute(0, 2, 3, 1).contiguous()    # (B, 3, 4, 16)
-            few = weights.shape[1] < N_VERTS                 # tips: no memory traffic to save
-            plain = few or self.plain or torch.compiler.is_compiling()
-            verts = (_skin if plain else _ChunkedSkin.apply)(A, x, weights).mT
+            # Skinning: every vertex by its own blend of the 16 transforms, one column at a time.
+            along_x, along_y, along_z, away = (A @ weights).unbind(2)          # (B, 3, N) each
+            x, y, z = rest[:, None].unbind(2)                                   # (B, 1, N) each
+            verts = away.addcmul(along_x, x).addcmul(along_y, y).addcmul(along_z, z).mT
         return (verts, t) if trans is None else (verts + trans[:, None], t + trans[:, None])
 
     def _inputs(self, R: Tensor, shape: Tensor, trans: Tensor | None) -> list[Tensor | None]:
@@ -886,44 +842,14 @@ def n_mpjpe(pred: Tensor, true: Tensor, ok: Tensor | None = None, root: int = MI
     return epe(scale * pred, true, ok & ok[:, ROOT, None] & ok[:, MIDDLE_MCP, None])
 
 
-def _two_axes(A: Tensor) -> tuple[Tensor, Tensor]:
-    """The two largest singular pairs of (N, 3, 3): u and v, (2, 3, N), with A v = sigma u.
-
-    One-sided Jacobi (Hestenes 1958) in operations over all N at once. Where a matrix has rank one or
-    zero, u and v are completed with any unit vectors.
-    """
-    a = A.permute(2, 1, 0).contiguous()                                   # column, row, N
-    v = torch.eye(3, dtype=A.dtype, device=A.device)[..., None].expand_as(a).contiguous()
-    for _ in range(12):                                                   # four or five are enough
-        off = []
-        for i, j in ((0, 1), (0, 2), (1, 2)):
-            g, d = (a[i] * a[j]).sum(0), (a[j] * a[j]).sum(0) - (a[i] * a[i]).sum(0)
-            root = (d * d + 4 * g * g).sqrt()
-            t = 2 * g / (d + torch.copysign(root, d)).where(root > 0, 1)
-            c = (1 + t * t).rsqrt()
-            for x in (a, v):
-                x[i], x[j] = c * (x[i] - t * x[j]), c * (t * x[i] + x[j])
-            off.append((t * (g != 0)).abs().max() if t.numel() else t.sum())
-        if max(off) < 1e-8:                                               # the error left is its square
-            break
-    order = (a * a).sum(1).argsort(0, descending=True)[:2, None].expand(2, 3, -1)
-    (a1, a2), v = a.gather(0, order), v.gather(0, order)
-    e = F.one_hot(a1.abs().argmin(0), 3).T.to(a1)                         # far from a1, whatever it is
-    long = a1.norm(dim=0)
-    u1 = torch.where(long > 0, a1 / long.where(long > 0, 1), e)
-    rest = a2 - (u1 * a2).sum(0) * u1
-    rest = torch.where(rest.norm(dim=0) > 1e-14 * long, rest, torch.linalg.cross(u1, e.roll(1, 0) + e, dim=0))
-    return torch.stack([u1, rest / rest.norm(dim=0)]), v
-
-
 def _best_turn(A: Tensor, reflect: bool) -> tuple[Tensor, Tensor]:
-    """The rotation R (N, 3, 3) with the largest <A, R>, and that product (N,); `reflect`: det -1 too."""
-    u, v = _two_axes(A)
-    u, v = (torch.cat([x, torch.linalg.cross(x[0], x[1], dim=0)[None]]) for x in (u, v))
-    third = torch.einsum("in,nij,jn->n", u[2], A, v[2])                   # may be negative
-    sign = torch.where(third < 0, -1.0, 1.0).to(A) if reflect else torch.ones_like(third)
-    R = torch.einsum("kin,kjn->nij", torch.cat([u[:2], sign * u[2:]]), v)
-    return R, torch.einsum("nij,nij->n", A, R)
+    """The rotation R (N, 3, 3) of the largest <A, R>, and that product (N,); `reflect`: det -1 too."""
+    finite = A.isfinite().all(2).all(1)                          # the SVD raises at a NaN
+    U, sizes, Vh = torch.linalg.svd(torch.where(finite[:, None, None], A, 0))
+    sign = torch.ones_like(sizes)
+    if not reflect:
+        sign[:, 2] = torch.linalg.det(U @ Vh).sign()             # the least axis turns back
+    return (U * sign[:, None]) @ Vh, (sizes * sign).sum(1)
 
 
 def procrustes(pred: Tensor, true: Tensor, ok: Tensor | None = None,
@@ -932,19 +858,20 @@ def procrustes(pred: Tensor, true: Tensor, ok: Tensor | None = None,
 
     By default a proper rotation (Umeyama 1991). `reflect` allows mirroring too, as the tool kits of
     FreiHAND, HO3D and DexYCB do: there a mirrored hand scores 0. Points that do not count move
-    along. A hand collapsed to one point goes to the middle of the true one, in either form.
+    along. A hand collapsed to one point goes to the middle of the true one, in either form. A hand
+    with NaN among the points that count is NaN.
     """
     pred, true = pred.double(), true.double()
-    mask = None if ok is None or ok.all() else ok[..., None]            # masking costs as much as the rest
-    count = pred.shape[1] if mask is None else mask.sum(1, keepdim=True).clamp(min=1)
-    among = lambda x: x if mask is None else torch.where(mask, x, 0)
-    p_mean, t_mean = (among(x).sum(1, keepdim=True) / count for x in (pred, true))
-    centred = pred - p_mean
-    p, t = among(centred), among(true - t_mean)
+    counts = _all(pred, ok)[..., None]                                          # (N, P, 1)
+    n = counts.sum(1, keepdim=True).clamp(min=1)
+    p_mean = torch.where(counts, pred, 0).sum(1, keepdim=True) / n
+    t_mean = torch.where(counts, true, 0).sum(1, keepdim=True) / n
+    p = torch.where(counts, pred - p_mean, 0)
+    t = torch.where(counts, true - t_mean, 0)
     R, overlap = _best_turn(p.mT @ t, reflect)
-    size = torch.linalg.vector_norm(p, dim=(1, 2)).square()
+    size = p.square().sum((1, 2))
     scale = torch.where(size > 0, overlap / size, 0)
-    return torch.baddbmm(t_mean, centred, scale[:, None, None] * R)
+    return torch.baddbmm(t_mean, pred - p_mean, scale[:, None, None] * R)
 
 
 def pa_mpjpe(pred: Tensor, true: Tensor, ok: Tensor | None = None, reflect: bool = False) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from common import (
-    MANO_TO_OURS, TIPS, Mano, UserError, _ChunkedSkin, axis_angle_to_matrix, mano_numpy,
+    MANO_TO_OURS, TIPS, Mano, UserError, axis_angle_to_matrix, mano_numpy,
     matrix_to_axis_angle, matrix_to_six_d, mirror_pose, six_d_to_matrix)
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -172,9 +172,8 @@ def test_numpy_model_equals_chumpy_and_smplx(params, golden):
     assert abs(verts.sum() - 866.582444193152) < 1e-9
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_torch_model_equals_chumpy_and_smplx(params, golden, plain):
-    mano = Mano(params, dtype=torch.float64, plain=plain)
+def test_torch_model_equals_chumpy_and_smplx(params, golden):
+    mano = Mano(params, dtype=torch.float64)
     R, betas, transl = (t64(golden[k]).requires_grad_() for k in ("rotmat/R", "betas", "transl"))
     verts, joints = mano(R, betas, transl)
     for source in ("chumpy", "rotmat"):
@@ -353,32 +352,8 @@ def test_joints_never_build_the_mesh(params):
     assert mano.joints(*hands(2)).isfinite().all() and mano(*hands(2))[0].isnan().any()
 
 
-@pytest.mark.parametrize("batch", [1, 63, 64, 65, 130])
-def test_chunked_skinning_equals_plain_with_gradients(params, batch):
-    outcomes = []
-    for plain in (False, True):
-        mano = Mano(params, dtype=torch.float64, plain=plain)
-        R, shape, trans = (x.requires_grad_() for x in hands(batch))
-        verts, joints = mano(R, shape, trans)
-        weight = torch.linspace(-1, 1, verts.numel(), dtype=torch.float64).view(verts.shape)
-        ((verts * weight).sum() + joints.square().sum()).backward()
-        outcomes.append((verts, joints, R.grad, shape.grad, trans.grad))
-    for fast, slow in zip(*outcomes):
-        assert (fast - slow).abs().max() < 1e-12 * slow.abs().max().clamp(min=1)
-
-
-def test_the_fast_path_is_the_one_that_trains(params, monkeypatch):
-    def refuse(*_):
-        raise AssertionError("the chunked path ran")
-    monkeypatch.setattr(_ChunkedSkin, "forward", refuse)
-    with pytest.raises(AssertionError):
-        Mano(params)(*hands(2))
-    Mano(params, plain=True)(*hands(2))
-
-
-@pytest.mark.parametrize("plain", [False, True])
-def test_first_and_second_derivatives_pass_numerical_checks(params, plain):
-    mano = Mano(params, dtype=torch.float64, plain=plain)
+def test_first_and_second_derivatives_pass_numerical_checks(params):
+    mano = Mano(params, dtype=torch.float64)
 
     def few(pose, shape, trans):
         verts, joints = mano(axis_angle_to_matrix(pose.unflatten(1, (16, 3))), shape, trans)
@@ -389,23 +364,11 @@ def test_first_and_second_derivatives_pass_numerical_checks(params, plain):
     for pose in (at_rest, 0.5 * normal(1, 48)):
         inputs = [x.clone().requires_grad_() for x in (pose, shape, trans)]
         assert torch.autograd.gradcheck(few, inputs)
-        if pose is at_rest or plain:
-            assert torch.autograd.gradgradcheck(few, inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(few, inputs, fast_mode=True)
 
 
-def test_second_derivatives_of_the_fast_path_equal_the_plain_ones(params):
-    norms = []
-    for plain in (False, True):
-        mano = Mano(params, dtype=torch.float64, plain=plain)
-        R, shape, _ = (x.requires_grad_() for x in hands(70))
-        first, = torch.autograd.grad(mano(R, shape)[0].pow(3).sum(), R, create_graph=True)
-        norms.append(torch.autograd.grad(first.square().sum(), (R, shape)))
-    for fast, slow in zip(*norms):
-        assert (fast - slow).abs().max() < 1e-11 * slow.abs().max()
-
-
-def test_plain_layer_works_under_vmap_and_jacrev(params):
-    mano = Mano(params, dtype=torch.float64, plain=True)
+def test_the_layer_works_under_vmap_and_jacrev(params):
+    mano = Mano(params, dtype=torch.float64)
     R, shape, _ = hands(3)
     one = lambda r, s: mano(r[None], s[None])[1][0]
     jacobian = torch.func.vmap(torch.func.jacrev(one))(R, shape)
@@ -457,16 +420,13 @@ def test_one_shape_serves_a_batch_and_an_empty_batch_works(params, mano):
     assert np.abs(mano_numpy(params, R, shape[:1], trans[:1])[0] - verts.numpy()).max() < 1e-14
     for k in range(4):
         assert torch.allclose(verts[k], mano(R[k:k + 1], shape[:1], trans[:1])[0][0], atol=1e-15)
-    for plain in (False, True):
-        mano.plain = plain
-        empty = R[:0].clone().requires_grad_()
-        for given in (shape[:0], shape[:1]):
-            verts, joints = mano(empty, given, trans[:0])
-            assert verts.shape == (0, 778, 3) and joints.shape == (0, 21, 3)
-            assert mano.joints(empty, given).shape == (0, 21, 3)
-            (verts.sum() + joints.sum()).backward()
-            assert empty.grad.shape == (0, 16, 3, 3)
-    mano.plain = False
+    empty = R[:0].clone().requires_grad_()
+    for given in (shape[:0], shape[:1]):
+        verts, joints = mano(empty, given, trans[:0])
+        assert verts.shape == (0, 778, 3) and joints.shape == (0, 21, 3)
+        assert mano.joints(empty, given).shape == (0, 21, 3)
+        (verts.sum() + joints.sum()).backward()
+        assert empty.grad.shape == (0, 16, 3, 3)
     assert mano.full_pose(torch.zeros(0, 48), flat_hand_mean=False).shape == (0, 48)
 
 

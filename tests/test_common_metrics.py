@@ -96,6 +96,15 @@ def test_flat_and_straight_hands_align_exactly():
         assert pa_mpjpe(true @ turn, true).max() < 1e-9
 
 
+@pytest.mark.parametrize("reflect", [False, True])
+def test_a_hand_with_nan_is_nan_and_spoils_no_other(reflect):
+    pred, true = hands(4)
+    want = procrustes(pred, true, reflect=reflect)
+    pred[1, 4, 2], true[2, 7] = math.nan, math.nan
+    got = procrustes(pred, true, reflect=reflect)
+    assert got[1:3].isnan().all() and torch.equal(got[[0, 3]], want[[0, 3]])
+
+
 def test_procrustes_of_no_samples_is_empty():
     assert procrustes(torch.zeros(0, 21, 3), torch.zeros(0, 21, 3)).shape == (0, 21, 3)
     assert f_score(torch.zeros(0, 778, 3), torch.zeros(0, 778, 3)).shape == (0, 2)

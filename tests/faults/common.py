@@ -23,7 +23,9 @@ FAULTS = [
     ("common.py", "x = torch.where(mask[..., None], mask_token.to(x.dtype), x)", "x = torch.where(~mask[..., None], mask_token.to(x.dtype), x)", "test_handmim.py", "masked_vit"),
     ("common.py", "order = len(missing), \"teacher\" not in f\"{place}/{prefix}\",", "order = len(missing), \"student\" not in f\"{place}/{prefix}\",", "test_handmim.py", "dino_ibot"),
     # scores
-    ("common.py", ".to(A) if reflect else", ".to(A) if not reflect else", "test_common_metrics.py", ""),
+    ("common.py", "    if not reflect:\n        sign[:, 2]", "    if reflect:\n        sign[:, 2]", "test_common_metrics.py", "procrustes"),
+    ("common.py", "torch.linalg.svd(torch.where(finite[:, None, None], A, 0))", "torch.linalg.svd(A)", "test_common_metrics.py", "spoils_no_other"),
+    ("common.py", "verts = away.addcmul(along_x, x).addcmul(along_y, y)", "verts = away.addcmul(along_x, y).addcmul(along_y, x)", "test_common_mano.py", "numpy_model or torch_model"),
     ("common.py", "b = (ray * points[..., 2:] - points[..., :2])", "b = (ray * points[..., 2:] + points[..., :2])", "test_common_metrics.py", "place"),
     # runs
     ("common.py", 'if p.ndim <= 1], "weight_decay": 0.0}', 'if p.ndim <= 1], "weight_decay": weight_decay}', "test_common_run.py", "decay"),
