@@ -1255,7 +1255,7 @@ def draw_photo(out: Path, root: Path, path: str, hands: list[dict], faces: Tenso
     sheet_ = Image.new("RGB", (drawn.width + beside.width, beside.height), "white")
     sheet_.paste(drawn, (0, 0))
     sheet_.paste(beside, (drawn.width, 0))
-    save_png(out / f"{flat_name(path)}.png", sheet_, 1_500_000)
+    save_png(out / f"{flat_name(path)}.png", sheet_)
 
 
 def draw_bones(image: Image.Image, uv: np.ndarray) -> Image.Image:

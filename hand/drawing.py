@@ -1,10 +1,17 @@
-"""Skeletons, shaded meshes, sheets of pictures and curves."""
+"""Skeletons, shaded meshes, sheets of pictures and curves.
+
+Pictures go in as PIL images, (H, W, 3) uint8 arrays or (3, H, W) tensors and come out as RGB PIL
+images. Bones are drawn four times too large and averaged down, so they are smooth at any size.
+Colours are Okabe and Ito's, which colour-blind readers tell apart: thumb to pinky, then curves.
+"""
 from __future__ import annotations
 
-import io
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # common before torch: it settles how threads wait
 from common import FINGERS, N_JOINTS
@@ -12,18 +19,17 @@ from hand.render import render, studio
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-# ---- Drawing --------------------------------------------------------------------------------------
-# Pictures go in as PIL images, (H, W, 3) uint8 arrays or (3, H, W) tensors and come out as RGB PIL
-# images. Lines are drawn four times too large and averaged down, so they are smooth at any size.
-# Colours are Okabe and Ito's, told apart by colour-blind readers: thumb to pinky, then curves.
 FINGER_COLOURS = ("#d55e00", "#f0e442", "#009e73", "#56b4e9", "#cc79a7")
 CURVE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-INK, EDGE, GRID = "#222222", "#1a1a1a", "#dddddd"
-FINE = 4                                                              # samples a pixel and axis
+INK = "#222222"                          # of text
+EDGE = "#1a1a1a"                         # around bones and behind labels
+FINE = 4                                 # samples a pixel and axis
 
 
 def picture(image: Image.Image | np.ndarray | Tensor, width: int | None = None) -> Image.Image:
@@ -39,7 +45,8 @@ def picture(image: Image.Image | np.ndarray | Tensor, width: int | None = None) 
     return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _numbers_of(points: Tensor | np.ndarray) -> np.ndarray:
+def _numbers_of(points: Tensor | np.ndarray | Sequence[float]) -> np.ndarray:
+    """Points as an array of float64, from a tensor of any device or from plain numbers."""
     return np.asarray(points.detach().cpu() if isinstance(points, Tensor) else points, dtype=float)
 
 
@@ -59,7 +66,7 @@ def _fine_skeleton(draw: ImageDraw.ImageDraw, xy: np.ndarray, ok: np.ndarray, vi
     for finger in fingers:
         chain = [0, *range(4 * finger + 1, 4 * finger + 5)]
         paint = colour or FINGER_COLOURS[finger]
-        bones = [(a, b) for a, b in zip(chain, chain[1:]) if ok[a] and ok[b]]
+        bones = [(a, b) for a, b in pairwise(chain) if ok[a] and ok[b]]
         for edge, fill in ((0.5, EDGE), (0.0, paint)):
             for a, b in bones:
                 thin = 1.0 if visible[b] else 0.5
@@ -105,19 +112,23 @@ def draw_side(joints: Tensor | np.ndarray, size: int = 256, true: Tensor | np.nd
     sets = [_numbers_of(joints)] if true is None else [_numbers_of(true), _numbers_of(joints)]
     sets = [points - points[0] for points in sets]
     middle = (np.nanmin(sets[0], 0) + np.nanmax(sets[0], 0)) / 2
-    c, s = math.cos(math.radians(turn)), math.sin(math.radians(turn))
+    c = math.cos(math.radians(turn))
+    s = math.sin(math.radians(turn))
     look = np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])             # rows: right, down, away
     sets = [(points - middle) @ look.T for points in sets]
     reach = reach or 1.12 * max(np.nanmax(np.abs(points[:, :2])) for points in sets)
     big = Image.new("RGB", (FINE * size, FINE * size), "white")
-    draw, scale = ImageDraw.Draw(big), FINE * size / 2 / max(reach, 1e-6)
+    draw = ImageDraw.Draw(big)
+    px_a_metre = FINE * size / 2 / max(reach, 1e-6)
     bar = max(m for m in (0.01, 0.02, 0.05, 0.1, 1.0) if m <= max(reach * 0.8, 0.01))
-    low, left = FINE * size * 0.955, FINE * size * 0.04
-    draw.line((left, low, left + bar * scale, low), "#888888", FINE * max(1, size // 150))
+    low = FINE * size * 0.955
+    left = FINE * size * 0.04
+    draw.line((left, low, left + bar * px_a_metre, low), "#888888", FINE * max(1, size // 150))
     font = FINE * max(10, size / 20)
     _text(draw, (left, low - FINE * 4), f"{bar * 100:g} cm", font, "lb", "#666666")
     for points, colour in zip(sets, ("#b5b5b5", None) if true is not None else (None,)):
-        xy, ok = points[:, :2] * scale + FINE * size / 2, np.isfinite(points).all(1)
+        xy = points[:, :2] * px_a_metre + FINE * size / 2
+        ok = np.isfinite(points).all(1)
         far_first = np.argsort(-points[1:, 2].reshape(len(FINGERS), 4).mean(1)).tolist()
         _fine_skeleton(draw, xy, ok, np.ones(N_JOINTS, bool), FINE * max(1.5, size / 75), colour,
                        far_first)
@@ -133,9 +144,10 @@ def draw_mesh(image: Image.Image | np.ndarray | Tensor, verts: Tensor, faces: Te
     """
     before = picture(image)
     after = picture(before, width)
-    s, side = after.width / before.width, max(after.size)
-    K = K.detach().float().cpu() * torch.tensor([s, s, 1.0])[:, None]
-    K[:2, 2] += (s - 1) / 2                                        # x to (x + 0.5) s - 0.5
+    larger = after.width / before.width
+    side = max(after.size)
+    K = K.detach().float().cpu() * torch.tensor([larger, larger, 1.0])[:, None]
+    K[:2, 2] += (larger - 1) / 2                         # x goes to (x + 0.5) larger - 0.5
     square = Image.new("RGB", (side, side))
     square.paste(after)
     behind = torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1)[None] / 255
@@ -150,33 +162,20 @@ def label(image: Image.Image | np.ndarray | Tensor, text: str,
     """A short text in the lower left corner, white on dark, readable over any picture."""
     out = picture(image)
     size = size or max(11, out.width / 18)
-    font, pad = ImageFont.load_default(size), round(size / 3)
-    x0, y0, x1, y1 = ImageDraw.Draw(out).textbbox((0, 0), text, font)
-    box = (0, out.height - round(y1) - 2 * pad, round(x1) + 2 * pad, out.height)
-    shade = Image.new("RGB", (box[2] - box[0], box[3] - box[1]), EDGE)
-    out.paste(Image.blend(out.crop(box), shade, 0.7), box[:2])
+    font = ImageFont.load_default(size)
+    pad = round(size / 3)
+    _, _, right, bottom = ImageDraw.Draw(out).textbbox((0, 0), text, font)
+    box = (0, out.height - round(bottom) - 2 * pad, round(right) + 2 * pad, out.height)
+    dark = Image.new("RGB", (box[2] - box[0], box[3] - box[1]), EDGE)
+    out.paste(Image.blend(out.crop(box), dark, 0.7), box[:2])
     ImageDraw.Draw(out).text((pad, box[1] + pad), text, "white", font)
     return out
 
 
-def save_png(path: str | Path, image: Image.Image, limit: int = 300_000) -> None:
-    """Write a PNG; above `limit` bytes with 256 colours, dithered and then plain, then with 64.
-
-    The colours of the drawings are always among them, however little of the picture they cover.
-    """
-    plain, dithered = Image.Dither.NONE, Image.Dither.FLOYDSTEINBERG
-    kept = [x for name in (*FINGER_COLOURS, EDGE, "white") for x in ImageColor.getrgb(name)]
-    for colours, dither in ((0, plain), (256, dithered), (256, plain), (64, plain)):
-        data, flat = io.BytesIO(), image
-        if colours:
-            few = image.quantize(colours - len(kept) // 3, Image.Quantize.MEDIANCUT)
-            few.putpalette(few.getpalette()[:3 * colours - len(kept)] + kept)
-            flat = image.quantize(palette=few, dither=dither)
-        flat.save(data, "PNG", optimize=True)
-        if data.tell() <= limit:
-            break
+def save_png(path: str | Path, image: Image.Image) -> None:
+    """Write a PNG as it is, in all its colours, into a folder that is made if need be."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(data.getvalue())
+    image.save(path, "PNG", optimize=True)
 
 
 def sheet(path: str | Path, rows: list[list], titles: Sequence[str] = (),
@@ -185,14 +184,17 @@ def sheet(path: str | Path, rows: list[list], titles: Sequence[str] = (),
 
     Every picture is scaled to its column; a cell may be None. Returns what was written.
     """
-    gap, font = 6, 15
-    left, top = (font + 2 * gap if labels else gap), (font + 2 * gap if titles else gap)
+    gap = 6
+    font = 15
+    left = font + 2 * gap if labels else gap
+    top = font + 2 * gap if titles else gap
     columns = max(len(row) for row in rows)
     cell = (width - left - gap * columns) // columns
     rows = [[None if image is None else picture(image, cell) for image in row] for row in rows]
     heights = [max((image.height for image in row if image), default=0) for row in rows]
     out = Image.new("RGB", (width, top + sum(heights) + gap * len(rows)), "white")
-    draw, y = ImageDraw.Draw(out), top
+    draw = ImageDraw.Draw(out)
+    y = top
     for i, title in enumerate(titles):
         long = draw.textlength(title, ImageFont.load_default(font))
         fit = font * min(1, 0.95 * cell / max(long, 1))
@@ -210,53 +212,33 @@ def sheet(path: str | Path, rows: list[list], titles: Sequence[str] = (),
     return out
 
 
-def _ticks(low: float, high: float, n: int = 5) -> np.ndarray:
-    """Round numbers, about n of them, from the last below `low` to the first above `high`."""
-    high = high if high > low else low + max(abs(low), 1.0)
-    raw = (high - low) / n
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = power * min((m for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999), default=10)
-    return np.arange(math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6) + 1) * step
+@contextlib.contextmanager
+def figure(path: str | Path, width: float = 6.5, height: float = 3.8) -> Iterator[Axes]:
+    """An axis of a Matplotlib figure, inches wide and high, which is written when the block ends.
+
+    No screen is needed, and nothing of a figure stays in memory afterwards.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg      # a second, only for plots
+    from matplotlib.figure import Figure
+
+    whole = Figure(figsize=(width, height), dpi=140)
+    FigureCanvasAgg(whole)
+    axis = whole.add_subplot()
+    axis.set_prop_cycle(color=CURVE_COLOURS)
+    axis.grid(alpha=0.3)
+    yield axis
+    whole.tight_layout()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    whole.savefig(path)
 
 
 def curve(path: str | Path, series: dict[str, tuple], title: str = "", xlabel: str = "",
-          ylabel: str = "", size: tuple[int, int] = (720, 400)) -> Image.Image:
-    """Write lines {name: (xs, ys)} as a PNG with axes and a legend; a line breaks at NaN."""
-    lines = {name: (_numbers_of(x), _numbers_of(y)) for name, (x, y) in series.items()}
-    points = np.concatenate([np.stack(line, 1) for line in lines.values()] or [np.zeros((0, 2))])
-    points = points[np.isfinite(points).all(1)]
-    points = points if len(points) else np.array([[0.0, 0.0], [1.0, 1.0]])
-    xs, ys = (_ticks(*span) for span in zip(points.min(0), points.max(0)))
-    (width, height), k, font = size, FINE, FINE * 13
-    big = Image.new("RGB", (width * k, height * k), "white")
-    draw = ImageDraw.Draw(big)
-    gutter = max(draw.textlength(f"{y:g}", ImageFont.load_default(font)) for y in ys)
-    length = max((draw.textlength(name, ImageFont.load_default(font)) for name in lines), default=0)
-    left, right = gutter + 18 * k, width * k - length - 52 * k
-    top, bottom = 58 * k, (height - 46) * k
-    px = lambda x: left + (x - xs[0]) / (xs[-1] - xs[0]) * (right - left)
-    py = lambda y: bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (bottom - top)
-    for x in xs:
-        draw.line((px(x), top, px(x), bottom), GRID, k)
-        _text(draw, (px(x), bottom + 6 * k), f"{x:g}", font, "mt")
-    for y in ys:
-        draw.line((left, py(y), right, py(y)), GRID, k)
-        _text(draw, (left - 7 * k, py(y)), f"{y:g}", font, "rm")
-    draw.line((left, top, left, bottom, right, bottom), INK, round(1.5 * k))
-    _text(draw, ((left + right) / 2, 15 * k), title, FINE * 15)
-    _text(draw, ((left + right) / 2, (height - 6) * k), xlabel, font, "mb")
-    _text(draw, (10 * k, top - 8 * k), ylabel, font, "lb")
-    for i, (name, (x, y)) in enumerate(lines.items()):
-        paint, row = CURVE_COLOURS[i % len(CURVE_COLOURS)], top + (10 + 20 * i) * k
-        draw.line((right + 16 * k, row, right + 34 * k, row), paint, 3 * k)
-        _text(draw, (right + 40 * k, row), name, font, "lm")
-        good = np.isfinite(x) & np.isfinite(y)
-        for run in np.split(np.arange(len(x)), np.flatnonzero(~good)):
-            dots = [(px(x[j]), py(y[j])) for j in run if good[j]]
-            if len(dots) > 1:
-                draw.line(dots, paint, round(2.2 * k), joint="curve")
-            for u, v in dots if len(x) <= 20 else ():
-                draw.ellipse((u - 3.5 * k, v - 3.5 * k, u + 3.5 * k, v + 3.5 * k), paint)
-    out = big.reduce(k)
-    save_png(path, out)
-    return out
+          ylabel: str = "") -> None:
+    """Write lines {name: (xs, ys)} with axes and a legend; a line breaks at NaN."""
+    with figure(path) as axis:
+        for name, (xs, ys) in series.items():
+            marker = "o" if len(xs) <= 20 else ""
+            axis.plot(_numbers_of(xs), _numbers_of(ys), marker=marker, markersize=4, label=name)
+        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        if series:
+            axis.legend(fontsize=8)
