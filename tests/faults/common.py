@@ -13,7 +13,7 @@ FAULTS = [
     ("common.py", "return (width - 1) / 2, (height - 1) / 2", "return width / 2, height / 2", "test_common_transforms.py", "rearrangements or quarter_turn"),
     ("common.py", "shift = (size - 1) / 2 - s[..., None] * middle", "shift = size / 2 - s[..., None] * middle", "test_common_transforms.py", "resizing"),
     ("common.py", "return _matrix([[1 - 2 * on, zero, on * (width - 1)]", "return _matrix([[1 - 2 * on, zero, on * width]", "test_common_transforms.py", "name_says"),
-    ("common.py", "+ back[..., k, 2, None, None]) + 1) / side - 1", "+ back[..., k, 2, None, None])) / side - 1", "test_common_transforms.py", "dots or rearrangements"),
+    ("common.py", "axes.append((2 * at + 1) / side - 1)", "axes.append(2 * at / side - 1)", "test_common_transforms.py", "dots or rearrangements"),
     ("common.py", "    return (A[..., None, :2, :2] * points[..., None, :]).sum(-1) + A[..., None, :2, 2]",
      "    return points @ A[..., :2, :2].mT + A[..., None, :2, 2]", "test_common_transforms.py", "autocast"),
     ("common.py", "order = torch.cat([order + k * again for k in range(math.ceil(need / n))])[:need]", "order = torch.cat([order for k in range(math.ceil(need / n))])[:need]",
@@ -21,7 +21,7 @@ FAULTS = [
     ("common.py", "saturation * torch.minimum(k, 4 - k).clamp(0, 1))", "saturation * torch.minimum(k, 3 - k).clamp(0, 1))", "test_handmim.py", "jitter"),
     ("common.py", "(images >= 0.5), 1 - images", "(images <= 0.5), 1 - images", "test_handmim.py", "grey_blur"),
     ("common.py", "x = torch.where(mask[..., None], mask_token.to(x.dtype), x)", "x = torch.where(~mask[..., None], mask_token.to(x.dtype), x)", "test_handmim.py", "masked_vit"),
-    ("common.py", "order = len(missing), \"teacher\" not in f\"{place}/{prefix}\",", "order = len(missing), \"student\" not in f\"{place}/{prefix}\",", "test_handmim.py", "dino_ibot"),
+    ("common.py", "\"teacher\" not in name, name)", "\"student\" not in name, name)", "test_handmim.py", "dino_ibot"),
     # scores
     ("common.py", "    if not reflect:\n        sign[:, 2]", "    if reflect:\n        sign[:, 2]", "test_common_metrics.py", "procrustes"),
     ("common.py", "torch.linalg.svd(torch.where(finite[:, None, None], A, 0))", "torch.linalg.svd(A)", "test_common_metrics.py", "spoils_no_other"),
