@@ -1,62 +1,65 @@
 """PeCLR: Self-Supervised 3D Hand Pose Estimation from monocular RGB via Contrastive Learning.
 
-Spurr, Dahiya, Wang, Zhang, Hilliges; ICCV 2021, arXiv 2106.05953. The row reproduced is Table 2,
-"RN152 + PeCLR (ours)": pre-trained on FreiHAND and YouTube3DHands, FreiHAND 0.66 cm PA-EPE, 0.87 PA-AUC.
+Spurr, Dahiya, Wang, Zhang, Hilliges; ICCV 2021, arXiv 2106.05953. The recipe is that of Table 2,
+"RN152 + PeCLR (ours)", pre-trained on FreiHAND and YouTube3DHands: 0.66 cm PA-EPE and 0.87 PA-AUC
+on FreiHAND. Nothing was run at that scale.
 
-    python peclr.py --quick                                            minutes on a CPU, no data
-    python peclr.py --data freihand=DIR1 yt3d=DIR2                     the paper's pre-training
+    python peclr.py --quick                                      minutes on a CPU, no data
+    python peclr.py --data freihand=DIR1 yt3d=DIR2               the paper's pre-training
     python peclr.py --init runs/peclr-freihand-yt3d/backbone.pt --finetune freihand=DIR1
 
-Table 1 and Fig. 5: pre-train with `--data freihand:90=DIR1 --backbone resnet50 [--objective simclr]
-[--augment NAME ...]`, then `--init FILE --finetune freihand:90=DIR1 --backbone resnet50 --image-size 128
---freeze`. Fig. 6: `--label-fraction 0.2`. Table 3: `eval.py RUN --data yt3d=DIR2`.
+Table 1 and Fig. 5 pre-train with `--data freihand:90=DIR1 --backbone resnet50 [--objective simclr]
+[--augment NAME ...]`, then `--init FILE --finetune freihand:90=DIR1 --backbone resnet50
+--image-size 128 --freeze`. Fig. 6: `--label-fraction 0.2`. Table 3: `eval.py RUN --data yt3d=DIR2`.
 
-The idea: SimCLR pulls two views of a picture together and so forgets where things are. Here a view's
-rotation and translation are first undone on its projection, read as points of a plane; then the two
-must agree (Eq. 3). What looks alike becomes invariant, what moves stays equivariant.
+The idea: SimCLR pulls two views of a picture together and so forgets where things are. Here a
+view's rotation and translation are first undone on its projection, read as points of a plane; then
+the two must agree (Eq. 3). What looks alike becomes invariant, what moves stays equivariant.
 
-Letters: I picture, p projection (2 m numbers), z~ projection with the view undone, m = 64 points, L_z
-their range (Eq. 4), tau temperature, K intrinsics, d root-relative depth (Eq. 5, 6) in lengths of one
-bone. B batch, J = 21 joints, S side of a view, px.
+Letters: I picture, p projection (2 m numbers), z~ projection with the view undone, m = 64 points,
+L_z their range (Eq. 4), tau temperature, K intrinsics, d root-relative depth (Eq. 5, 6) in lengths
+of one bone. B batch, J = 21 joints, S side of a view in px.
 
 Differs from the paper
- 1. Batch. Paper: 2048. Authors' code (dahiyaaneesh/peclr @f29f0a9): 16 accumulated losses of 128 pictures,
-    254 negatives each. Here the loss sees all 4,094: projections of the whole batch first, without a
-    graph; their gradients; then each micro-batch again with them. `accumulate` is the authors' form.
- 2. L_z. Eq. 4 reads as one number a sample. The code's, and ours, is one for each of x and y, over the
-    points of the projection divided by its norm, and not differentiated; nor is the centre of the rotation.
-    `one-range` takes Eq. 4 literally. Shifts come last in a view, so they are undone first.
- 3. L. The code divides a shift in source pixels by the network's side, which is too small by the
-    factor of the resize. Ours is the share of the crop that the hand moved; `authors-shift` is theirs.
- 4. Shift. Paper silent. Code: 0 to 14 px of the source, to the left and up. Ours: up to 7.5 of 128 px of
-    the view either way, so that test crops lie in the middle of what was trained. Angles are not rounded.
- 5. Scale has no inverse: a projection's length drops out of the cosine (Sec. 3.2, last sentence). That is
-    exact where points scale about the origin; rotation is about their mean.
- 6. Colour jitter. The code turns RGB arrays to HSV as if they were BGR; ours does not, `bgr` does.
-    Its ranges are the code's: hue x U(0.01, 1), saturation x U(0.01, 1), value x U(0.5, 1) + U(5, 20).
- 7. Order. Code: Sobel, cut-out, blur, rotate, crop, resize, colour jitter, noise, colour drop. Here one
-    warp comes first, so Sobel, cut-out and blur act on the view. Ranges and chances are the code's.
- 8. Crops. Paper silent. Code: centred on the mean of the 21 key points, half as wide as 0.9 to 1.5 (off:
-    1.25) times the farthest one. Where a picture has no key points, the middle of the hand's box, or of
-    the picture, and the mean such distance, 0.65 of the box, stand in; `box-crops` does so everywhere.
-    So where key points are annotated, pre-training does use them, to crop and for nothing else.
- 9. Weights. The code starts from ImageNet weights; ours from random ones unless --init names a file.
-    A random encoder that is frozen first gets BatchNorm statistics from 256 hands. Where no validation
-    split is, the last epoch is kept (code: that of the least training loss).
-10. Optimiser. Paper: LARS with Adam, 4.5e-3 (code: 1e-4 x sqrt(2048)). The rate grows with the root of
-    the batch. Warm-up 10 of 100 epochs, of fewer a tenth; decay 1e-6, trust 0.02, tau = 0.5 are the code's. We decay
-    matrices only; the code, by its renaming, also some norms.
-11. Fine-tuning. The release has no code for it. Losses, their weights (2D 1, depth 5, root 1), decay
-    2e-4, cosine and epochs are those of the first author's earlier project (dahiyaaneesh/
-    Handposeestimation @4837be4), whose rate matches the paper's 5e-4. The output's bias starts at the
-    training set's mean, its weights at a tenth, the frozen encoder's head has 512 hidden units (ours);
-    crops are 1 / 0.7 of the box, as the release's test code has them.
-12. Bones. The release's networks mean the palm's middle as root and the middle finger's first phalanx as
-    unit (--bone middle, FreiHAND's scale); the loaders mean the wrist and the bone to the index MCP
-    (--bone index). Both are here, whole, by name, with the floors and refinement inputs of each.
-13. Metric 3D needs the bone's true length, `scale`: FreiHAND gives it for every picture, and so does
-    `synthetic`. Where a data set does not, the training set's mean length is taken.
-14. Mixing. --mix authors draws every source equally often, in whole passes (code: with replacement).
+ 1. Batch. The paper says 2048. The authors' code (dahiyaaneesh/peclr @f29f0a9) adds up 16 losses of
+    128 pictures with 254 negatives each (`accumulate`). Here the loss sees all 4,094: the batch is
+    projected without a graph, the loss gives every projection its gradient, and each micro-batch
+    goes through again with those.
+ 2. L_z. Eq. 4 reads as one number a sample (`one-range`). The code's, and ours, is one for each of
+    x and y, over the points of the projection divided by its norm. Neither it nor the centre of the
+    rotation is differentiated. A shift comes last in a view, so it is undone first.
+ 3. L. The code divides a shift in source pixels by the network's side (`authors-shift`), too small
+    by the factor of the resize. Ours is the share of the crop that the hand moved.
+ 4. Shift. The paper is silent; the code takes 0 to 14 px of the source, left and up, ours up to 7.5
+    of 128 px of the view either way: test crops lie in the middle of what was trained. Our angles
+    are not rounded.
+ 5. Scale has no inverse: a projection's length drops out of the cosine (Sec. 3.2, last sentence).
+    That is exact where points scale about the origin; rotation is about their mean.
+ 6. Colour jitter. The code turns RGB arrays to HSV as if they were BGR (`bgr`); ours does not. The
+    ranges are the code's: hue, saturation x U(0.01, 1), value x U(0.5, 1) + U(5, 20).
+ 7. Order. The code has Sobel, cut-out, blur, rotate, crop, resize, colour jitter, noise, colour
+    drop. Here one warp comes first. Ranges and chances are the code's.
+ 8. Crops. The paper is silent. The code's are centred on the mean of the 21 key points, half as
+    wide as 0.9 to 1.5 (off: 1.25) times the farthest one. Where a picture has no key points, the
+    middle of the hand's box, or of the picture, and the mean such distance, 0.65 of the box, stand
+    in; `box-crops` does so everywhere. Pre-training uses key points for this and nothing else.
+ 9. Weights. The code starts from ImageNet weights, ours from random ones unless --init names a
+    file. A random encoder that is frozen first gets BatchNorm statistics from 256 hands. Without a
+    validation split the last epoch is kept (the code keeps that of the least training loss).
+10. Optimiser. The paper has LARS with Adam at 4.5e-3 (the code 1e-4 x sqrt(2048)); our rate grows
+    with the root of the batch. Warm-up for 10 of 100 epochs, decay 1e-6, trust 0.02 and tau = 0.5
+    are the code's; of fewer epochs a tenth warms up. We decay matrices only, the code some norms.
+11. Fine-tuning. The release has no code for it. Losses, their weights (2D 1, depth 5, root 1),
+    decay 2e-4, cosine and epochs are those of the first author's earlier project (dahiyaaneesh/
+    Handposeestimation @4837be4), whose rate matches the paper's 5e-4; crops are 1 / 0.7 of the box,
+    as in the release's test code. Ours: the output's bias starts at the training set's mean, its
+    weights at a tenth; the frozen encoder's head has 512 hidden units.
+12. Bones. The release's networks mean the palm's middle as root and the middle finger's first
+    phalanx as unit (--bone middle, FreiHAND's scale), its loaders the wrist and the bone to the
+    index MCP (--bone index). Both are here, with the floors and refinement inputs of each.
+13. Metric 3D needs the bone's true length, `scale`: FreiHAND gives it for every picture, and so
+    does `synthetic`. Where a data set does not, the training set's mean length is taken.
+14. Mixing. --mix authors draws all sources equally often, in whole passes (code: with replacement).
 15. Table 1's AUC of 0.72 at 16.6 cm fits thresholds up to 50 cm, not the 5 cm of Sec. 4.2; eval.py
     prints both, the former as protocol `peclr`.
 """
@@ -66,11 +69,11 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 # common before torch: it settles how threads wait
 from common import (
-    BACKBONES, N_JOINTS, Flags, Run, UserError, accumulate, arg, autocast, average_buffers,
+    BACKBONES, N_JOINTS, Flags, Run, UserError, ViT, accumulate, arg, autocast, average_buffers,
     barrier, batches, blur, build_backbone, cpu_state, crop, decay_groups, denormalise,
     guarded, hsv_to_rgb, invert, load_backbone, load_checkpoint, normal, normalise, parallel,
     permutation, project, rank, recall, remember, rgb_to_hsv, rotation, row_name,
@@ -84,16 +87,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ---- Config ---------------------------------------------------------------------------------------
+# ---- Config --------------------------------------------------------------------------------------
 
 METHOD = "peclr"
-MARGIN, STORE = 2.2, 1.5               # stored square / hand box, stored / network side: fine-tuning crops turn
-VIEW_MARGIN, VIEW_STORE = 2.9, 2.0     # of pre-training: a crop of margin 1.5 is 1.95 boxes wide, and turns
-CROP = 1 / 0.7                         # fine-tuning crop / hand box (release's test code)
-RADIUS = 0.65                          # farthest key point from their mean / box, on average over synthetic hands
+MARGIN = 2.2             # stored square / hand box in fine-tuning, whose crops turn
+STORE = 1.5              # side of that square / side of the network's input
+VIEW_MARGIN = 2.9        # the same in pre-training, where a crop of margin 1.5 is 1.95 boxes wide
+VIEW_STORE = 2.0
+CROP = 1 / 0.7           # crop / hand box in fine-tuning and prediction (the release's test code)
+RADIUS = 0.65            # farthest key point from their mean / box, on average over synthetic hands
 GEOMETRIC = ("scale", "rotation", "translation")
 APPEARANCE = ("colour-jitter", "colour-drop", "cut-out", "blur", "noise", "sobel")
-BEST = {"peclr": ("scale", "rotation", "translation", "colour-jitter"),                 # Sec. 4.4, last part
+BEST = {"peclr": ("scale", "rotation", "translation", "colour-jitter"),      # Sec. 4.4, last part
         "simclr": ("scale", "colour-jitter")}
 
 VARIANTS = {
@@ -104,57 +109,58 @@ VARIANTS = {
     "box-crops": "views centred on the box, without key points (ours)",
 }
 
-QUICK = {"pretrain": dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, epochs=4, batch_size=128,
-                          micro_batch=128, samples=3072, warmup_epochs=0.2, workers=0),
-         "finetune": dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, epochs=3, batch_size=64,
-                          micro_batch=64, samples=3072, lr=1.5e-3, workers=0)}
-PROBE = {False: dict(epochs=50),                           # frozen encoder: authors' earlier project; --quick
-         True: dict(epochs=3, lr=5e-3)}
+SMALL = dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, samples=3072, workers=0)
+QUICK = {"pretrain": SMALL | dict(epochs=4, batch_size=128, micro_batch=128, warmup_epochs=0.2),
+         "finetune": SMALL | dict(epochs=3, batch_size=64, micro_batch=64, lr=1.5e-3)}
+PROBE = dict(epochs=50)                      # with --freeze: the authors' earlier project
+QUICK_PROBE = dict(epochs=3, lr=5e-3)
 
 
 @dataclasses.dataclass
 class Config(Flags):
     """Every option: default, what it is, the paper's value and where it stands."""
 
-    backbone: str = arg("resnet152", "encoder E", paper="resnet152", ref="Sec. 4.6", choices=BACKBONES)
+    backbone: str = arg("resnet152", "encoder E", paper="resnet152", ref="Sec. 4.6",
+                        choices=BACKBONES)
     image_size: int = arg(128, "side of the network's input, px", paper=128, ref="Sec. 4.1",
                           finetune=224, finetune_paper=224)
-    epochs: int = arg(100, "passes over the data", why="authors' README",
-                      finetune=100, finetune_why="authors' earlier project; 50 with --freeze")
+    epochs: int = arg(100, "passes over the data", why="authors' README", finetune=100,
+                      finetune_why="authors' earlier project; 50 with --freeze")
     batch_size: int = arg(2048, "pictures a step, over all processes", paper=2048, ref="Sec. 4.1",
                           finetune=128, finetune_why="authors' earlier project")
     micro_batch: int = arg(128, "pictures at a time, the unit of BatchNorm", why="authors' code",
                            finetune=32, finetune_why="ours")
     lr: float = arg(4.5e-3, "learning rate; pre-training: at a batch of 2048, x sqrt(batch / 2048)",
                     paper=4.5e-3, ref="Sec. 4.1", finetune=5e-4, finetune_paper=5e-4)
-    warmup_epochs: float = arg(10.0, "epochs of linear warm-up, then cosine to 0", why="authors' code",
-                               finetune=0.0, finetune_why="authors' earlier project")
+    warmup_epochs: float = arg(10.0, "epochs of linear warm-up, then cosine to 0",
+                               why="authors' code", finetune=0.0,
+                               finetune_why="authors' earlier project")
     weight_decay: float = arg(1e-6, "decay, not on biases and norms", why="authors' code",
                               finetune=2e-4, finetune_why="authors' earlier project")
-    objective: str = arg("peclr", "Eq. 3, or Eq. 1: the views not undone", paper="peclr", ref="Sec. 3.2",
-                         choices=("peclr", "simclr"))
+    objective: str = arg("peclr", "Eq. 3, or Eq. 1: the views not undone", paper="peclr",
+                         ref="Sec. 3.2", choices=("peclr", "simclr"))
     tau: float = arg(0.5, "temperature", why="authors' code")
-    augment: tuple[str, ...] = arg((), "transformations of Fig. 4 (default: peclr's scale rotation translation "
-                                   "colour-jitter; simclr's scale colour-jitter)",
-                                   choices=GEOMETRIC + APPEARANCE)
-    mix: str = arg("authors", "several data sets: each equally often, or one after the other, shuffled",
+    augment: tuple[str, ...] = arg(
+        (), "transformations of Fig. 4 (default: peclr's scale rotation translation "
+            "colour-jitter; simclr's scale colour-jitter)", choices=GEOMETRIC + APPEARANCE)
+    mix: str = arg("authors", "several data sets: each equally often, or all shuffled",
                    why="authors' code", choices=("authors", "concat"))
     freeze: bool = arg(False, "fine-tune a two-layer head on the frozen encoder (Tab. 1)")
-    bone: str = arg("middle", "root and unit of depth: palm and middle MCP-PIP, or wrist and wrist-index MCP",
+    bone: str = arg("middle", "root, unit of depth: palm, middle MCP-PIP; or wrist, wrist-index MCP",
                     why="the release's networks", choices=("middle", "index"))
-    two_pass: bool = arg(False, "predict, crop around the prediction, predict again (release's test code)")
+    two_pass: bool = arg(False, "predict, crop around that, predict again (release's test code)")
     variant: tuple[str, ...] = arg((), "named departures, listed below", choices=tuple(VARIANTS))
 
 
-# ---- Views: what is drawn, and so what must be undone (Sec. 3.2, Fig. 4) --------------------------
+# ---- Views: what is drawn, and so what must be undone (Sec. 3.2, Fig. 4) -------------------------
 
 
 class View(NamedTuple):
     """The geometric part t^g of a view of each sample; None where the composition leaves it out."""
 
-    A: Tensor                            # (B, 3, 3) stored picture to view
-    angle: Tensor | None                 # (B,) rad, counter-clockwise
-    shift: Tensor | None                 # (B, 2) v / L of Eq. 4: by which share of the view the hand moved
+    A: Tensor                   # (B, 3, 3) stored picture to view
+    angle: Tensor | None        # (B,) rad, counter-clockwise
+    shift: Tensor | None        # (B, 2) v / L of Eq. 4: by which share of the view the hand moved
 
 
 def transformations(cfg: Config) -> tuple[str, ...]:
@@ -168,8 +174,9 @@ def stored_side(cfg: Config) -> int:
 
 
 def hand_circle(batch: dict, box_only: bool) -> tuple[Tensor, Tensor]:
-    """Middle (B, 2) and radius (B,) of each hand, px of image: mean and farthest of its key points (8)."""
-    side, uv = batch["image"].shape[-1], batch["uv"]
+    """Middle (B, 2) and radius (B,) of hands, px of image: mean and farthest key point (8)."""
+    side = batch["image"].shape[-1]
+    uv = batch["uv"]
     middle = uv.mean(1)
     radius = (uv - middle[:, None]).norm(dim=-1).amax(1)
     known = radius.isfinite() & (radius > 0) & (not box_only)
@@ -178,25 +185,31 @@ def hand_circle(batch: dict, box_only: bool) -> tuple[Tensor, Tensor]:
 
 
 def draw_view(batch: dict, cfg: Config, epoch: int, view: int) -> View:
-    """Scale, rotation and translation of one view, drawn for each sample; composed, not yet applied."""
-    on, S = transformations(cfg), cfg.image_size
+    """Scale, rotation and translation of one view, drawn for each sample and composed."""
+    on = transformations(cfg)
+    S = cfg.image_size
     u = uniform(batch["index"], 4, cfg.seed, "peclr view", epoch, view)
     middle, radius = hand_circle(batch, "box-crops" in cfg.variant)
     margin = 0.9 + 0.6 * u[:, 0] if "scale" in on else torch.full_like(u[:, 0], 1.25)
-    side = 2 * radius * margin                                                        # px of image
-    angle = (2 * u[:, 1] - 1) * math.pi / 4 if "rotation" in on else None
-    moved = shift = (15 * u[:, 2:] - 7.5) / 128 if "translation" in on else None
-    if shift is not None and "authors-shift" in cfg.variant:
-        jitter = -(15 * u[:, 2:]).floor()                                             # px of the picture
-        moved = jitter / (side / batch["crop"][:, 0, 0].abs())[:, None]
-        shift = jitter / S
+    side = 2 * radius * margin                                          # px of image
     A = crop(middle, side, S)
-    A = A if angle is None else rotation(angle, S) @ A
-    return View(A if moved is None else translation(S * moved) @ A, angle, shift)
+    angle = shift = None
+    if "rotation" in on:
+        angle = (2 * u[:, 1] - 1) * math.pi / 4
+        A = rotation(angle, S) @ A
+    if "translation" in on and "authors-shift" in cfg.variant:
+        jitter = -(15 * u[:, 2:]).floor()                               # px of the picture
+        picture_side = side / batch["crop"][:, 0, 0].abs()            # the crop's, likewise
+        A = translation(S * (jitter / picture_side[:, None])) @ A
+        shift = jitter / S                                              # not by picture_side (3)
+    elif "translation" in on:
+        shift = (15 * u[:, 2:] - 7.5) / 128
+        A = translation(S * shift) @ A
+    return View(A, angle, shift)
 
 
 def jitter_hsv(images: Tensor, factors: Tensor, bgr: bool = False) -> Tensor:
-    """Colour jitter (B, 3, H, W) in 0..1: factors (B, 4) for hue, saturation, value and what is added to it.
+    """Colour jitter of (B, 3, H, W) in 0..1; factors (B, 4): hue, saturation, value, and an offset.
 
     `bgr` reads red as blue and the other way round, as the authors' code does (6).
     """
@@ -207,7 +220,7 @@ def jitter_hsv(images: Tensor, factors: Tensor, bgr: bool = False) -> Tensor:
 
 
 def sobel(images: Tensor) -> Tensor:
-    """Length of the 3 x 3 Sobel gradient in each channel, (B, 3, H, W) in 0..1, clipped; edges repeat."""
+    """Length of each channel's 3 x 3 Sobel gradient, (B, 3, H, W), clipped to 1; edges repeat."""
     kernel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=images.device)
     kernel = torch.stack([kernel, kernel.T])[:, None].repeat(3, 1, 1, 1)
     gradient = F.conv2d(F.pad(images, (1,) * 4, mode="replicate"), kernel, groups=3)
@@ -215,28 +228,32 @@ def sobel(images: Tensor) -> Tensor:
 
 
 def cut_out(images: Tensor, u: Tensor) -> Tensor:
-    """A black square of 0 to 16 % of the side, somewhere in (B, 3, S, S): u (B, 3) is size, x and y."""
+    """A black square, 0 to 16 % of the side, in (B, 3, S, S): u (B, 3) is its size, x and y."""
     S = images.shape[-1]
-    side, (x, y) = 0.16 * S * u[:, 0, None], (S * u[:, 1:]).T[..., None]
+    half = 0.16 * S * u[:, 0, None] / 2
     at = torch.arange(S, device=images.device) + 0.5
-    inside = ((at - y).abs() < side / 2)[:, :, None] & ((at - x).abs() < side / 2)[:, None]
-    return images.masked_fill(inside[:, None], 0)
+    columns = (at - S * u[:, 1, None]).abs() < half
+    rows = (at - S * u[:, 2, None]).abs() < half
+    return images.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0)
 
 
 def change_appearance(images: Tensor, index: Tensor, cfg: Config, epoch: int, view: int,
                       on: tuple[str, ...]) -> Tensor:
     """t^a: appearance transformations of (B, 3, S, S) in 0..1, each sample by its own draws (7)."""
-    draw = lambda n, purpose: uniform(index, n, cfg.seed, f"peclr {purpose}", epoch, view)
-    half = {name: draw(1, f"{name} on")[:, 0, None, None, None] < 0.5 for name in on}
     S = images.shape[-1]
+
+    def draw(n: int, purpose: str) -> Tensor:
+        return uniform(index, n, cfg.seed, f"peclr {purpose}", epoch, view)
+
+    half = {name: draw(1, f"{name} on")[:, 0, None, None, None] < 0.5 for name in on}
     if "sobel" in on:
         images = torch.where(half["sobel"], sobel(images), images)
     if "cut-out" in on:
         images = torch.where(half["cut-out"], cut_out(images, draw(3, "cut-out")), images)
-    if "blur" in on:                                               # the kernel is a tenth of the side
+    if "blur" in on:                                             # the kernel is a tenth of the side
         blurred = blur(images, 0.1 + 1.9 * draw(1, "blur")[:, 0], max(1, round(S / 20)))
         images = torch.where(half["blur"], blurred, images)
-    if "colour-jitter" in on:                                      # always, as the authors' code
+    if "colour-jitter" in on:                                    # always, as in the authors' code
         low = torch.tensor([0.01, 0.01, 0.5, 5 / 255], device=images.device)
         high = torch.tensor([1, 1, 1, 20 / 255], device=images.device)
         images = jitter_hsv(images, low + (high - low) * draw(4, "colour"), "bgr" in cfg.variant)
@@ -250,19 +267,19 @@ def change_appearance(images: Tensor, index: Tensor, cfg: Config, epoch: int, vi
 
 def make_views(batch: dict, cfg: Config, epoch: int) -> tuple[Tensor, tuple[View, View]]:
     """A batch -> two views of each sample, (2, B, 3, S, S) normalised, and how each was made."""
-    drawn = tuple(draw_view(batch, cfg, epoch, view) for view in (0, 1))
+    drawn = (draw_view(batch, cfg, epoch, 0), draw_view(batch, cfg, epoch, 1))
     pictures = warp(batch["image"], torch.stack([g.A for g in drawn], 1), cfg.image_size) / 255
     views = [change_appearance(pictures[:, k], batch["index"], cfg, epoch, k, transformations(cfg))
              for k in (0, 1)]
     return normalise(255 * torch.stack(views)), drawn
 
 
-# ---- Model (Sec. 3.1, 3.3) ------------------------------------------------------------------------
+# ---- Model (Sec. 3.1, 3.3) -----------------------------------------------------------------------
 
 
 def encode(backbone: nn.Module, images: Tensor) -> Tensor:
     """(B, 3, S, S) -> (B, d): the average of the last map, or a transformer's class token."""
-    if hasattr(backbone, "tokens"):
+    if isinstance(backbone, ViT):
         return backbone.tokens(images)[:, 0]
     return backbone(images.contiguous(memory_format=torch.channels_last))[-1].mean((2, 3))
 
@@ -281,31 +298,34 @@ class PeCLR(nn.Module):
         return self.g(encode(self.backbone, images))
 
 
-# ---- Losses (Eq. 1, 3, 4, 5) ----------------------------------------------------------------------
+# ---- Losses (Eq. 1, 3, 4, 5) ---------------------------------------------------------------------
 
 
-def undo_view(p: Tensor, angle: Tensor | None, shift: Tensor | None, one_range: bool = False) -> Tensor:
-    """Eq. 3, 4: z~ = (t^g)^-1 p, for projections p (B, 2 m) whose pairs are points of the picture's plane.
+def undo_view(p: Tensor, angle: Tensor | None, shift: Tensor | None,
+              one_range: bool = False) -> Tensor:
+    """Eq. 3, 4: z~ = (t^g)^-1 p, for projections p (B, 2 m) whose pairs are points of a plane.
 
-    angle (B,) rad and shift (B, 2), the share v / L by which the view moved its content; None: not undone,
-    and with neither p itself comes back. `one_range`: L_z over x and y together.
+    angle (B,) rad and shift (B, 2), the share v / L by which the view moved its content; None is
+    not undone, and with neither p itself comes back. `one_range`: L_z over x and y together.
     """
     if angle is None and shift is None:
         return p
-    z = F.normalize(p, dim=1).unflatten(1, (-1, 2))                                   # (B, m, 2)
+    z = F.normalize(p, dim=1).unflatten(1, (-1, 2))                                # (B, m, 2)
     if shift is not None:
         axes = (1, 2) if one_range else (1,)
-        L_z = (z.amax(axes, keepdim=True) - z.amin(axes, keepdim=True)).detach()      # Eq. 4
+        L_z = (z.amax(axes, keepdim=True) - z.amin(axes, keepdim=True)).detach()   # Eq. 4
         z = z - shift[:, None] * L_z
     if angle is not None:
-        mean, (c, s) = z.mean(1, keepdim=True).detach(), (angle.cos()[:, None], angle.sin()[:, None])
+        mean = z.mean(1, keepdim=True).detach()
         x, y = (z - mean).unbind(-1)
-        z = torch.stack([c * x - s * y, s * x + c * y], -1) + mean                    # clockwise: back
+        c = angle.cos()[:, None]
+        s = angle.sin()[:, None]
+        z = torch.stack([c * x - s * y, s * x + c * y], -1) + mean                 # clockwise: back
     return z.flatten(1)
 
 
 def nt_xent(z: Tensor, tau: float) -> Tensor:
-    """Eq. 1, 3: mean over the 2 B anchors of -log softmax of the positive among all others; z (2, B, D)."""
+    """Eq. 1, 3: z (2, B, D) -> mean over the 2 B anchors of -log softmax of the positive."""
     z = F.normalize(z.flatten(0, 1), dim=1)
     similarity = (z @ z.T / tau).fill_diagonal_(-math.inf)
     B = len(z) // 2
@@ -313,46 +333,51 @@ def nt_xent(z: Tensor, tau: float) -> Tensor:
 
 
 def pose_loss(pred: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 5: (B, J, 3) of u, v px and depth in bones, twice -> L_J2D, L_d; NaN in `true` does not count.
+    """Eq. 5: (B, J, 3) of u, v px and depth in bones, twice -> L_J2D, L_d; where `true` is NaN none.
 
-    2D: mean over x and y and over the joints that have it; depth likewise (authors' earlier project).
+    2D: mean over x and y and over the joints that have it; depth likewise (authors' earlier code).
     """
-    error = (pred - true).abs()
     known = true.isfinite()
-    error, flat, deep = error.where(known, 0), known[..., :2].all(-1), known[..., 2]
-    return (error[..., :2].mean(-1) * flat).sum() / flat.sum().clamp(min=1), \
-        (error[..., 2] * deep).sum() / deep.sum().clamp(min=1)
+    error = (pred - true).abs().where(known, 0)
+    flat = known[..., :2].all(-1)
+    deep = known[..., 2]
+    L_J2D = (error[..., :2].mean(-1) * flat).sum() / flat.sum().clamp(min=1)
+    L_d = (error[..., 2] * deep).sum() / deep.sum().clamp(min=1)
+    return L_J2D, L_d
 
 
 @torch.no_grad()
 def contrast_monitors(z: Tensor) -> dict[str, Tensor]:
-    """Similarity of positives and of negatives, and how often the positive is the nearest; z (2, B, D).
+    """Similarity of positives and negatives, how often the positive is the nearest; z (2, B, D).
 
     All similarities near 1 is a collapse; positives no nearer than negatives is nothing learnt.
     """
     z = F.normalize(z, dim=-1)
     table = z[0] @ z[1].T
-    positive, B = table.diagonal(), len(table)
+    positive = table.diagonal()
+    B = len(table)
     nearest = table.argmax(1) == torch.arange(B, device=z.device)
     return {"positive": positive.mean(), "nearest": nearest.float().mean(),
             "negative": (table.sum() - positive.sum()) / max(1, B * B - B)}
 
 
-# ---- 3D hand pose estimator (Sec. 3.3) ------------------------------------------------------------
+# ---- 3D hand pose estimator (Sec. 3.3) -----------------------------------------------------------
+# A `rooted` hand has the convention's root as its joint 0; every other hand has the wrist there.
 
 
 class Convention(NamedTuple):
-    """What root and unit of depth mean, and with them the details of the code that means them so (12)."""
+    """What root and unit of depth mean, and the details of the code that means them so (12)."""
 
-    root: tuple[int, ...]                # joints whose mean is the root
-    bone: tuple[int, int]                # its length is the unit
-    floor: float                         # least discriminant and leading coefficient
-    limits: tuple[float, float]          # clamp of the root's depth, bones
-    slope: float                         # of the refinement's LeakyReLU
-    depth_first: bool                    # refinement input: root, rays, depths; else depths, rays, root
+    root: tuple[int, ...]        # joints whose mean is the root
+    bone: tuple[int, int]        # its length is the unit
+    floor: float                 # least discriminant and leading coefficient
+    limits: tuple[float, float]  # clamp of the root's depth, bones
+    slope: float                 # of the refinement's LeakyReLU
+    depth_first: bool            # refinement input: root, rays, depths; else depths, rays, root
 
 
 MIDDLE_BONE = (9, 10)                    # middle MCP to PIP: FreiHAND's `scale` is its length
+NOT_GIVEN = 1.0                          # m: a sample's `scale` where its data set gives no length
 CONVENTIONS = {"middle": Convention((0, 9), MIDDLE_BONE, 1e-8, (4.0, 50.0), 0.01, False),
                "index": Convention((0,), (0, 5), 1e-6, (-math.inf, math.inf), 0.0, True)}
 
@@ -360,13 +385,15 @@ CONVENTIONS = {"middle": Convention((0, 9), MIDDLE_BONE, 1e-8, (4.0, 50.0), 0.01
 def root_depth(rays: Tensor, d: Tensor, bone: tuple[int, int], floor: float) -> Tensor:
     """Depth of the root, (B,) bones: where `bone` has length 1 (Iqbal et al. 2018, Eq. 6, 7).
 
-    rays (B, J, 2) = the first two of K^-1 (u, v, 1); d (B, J) root-relative depth in bones. Of the two
-    solutions the farther.
+    rays (B, J, 2) = the first two of K^-1 (u, v, 1); d (B, J) root-relative depth in bones. Of the
+    two solutions the farther.
     """
-    m, n = bone
-    (xm, ym), (xn, yn), zm, zn = rays[:, m].T, rays[:, n].T, d[:, m], d[:, n]
+    points = torch.cat([rays, d[..., None]], -1)
+    xm, ym, zm = points[:, bone[0]].unbind(-1)
+    xn, yn, zn = points[:, bone[1]].unbind(-1)
     a = (xn - xm) ** 2 + (yn - ym) ** 2
-    b = 2 * (zn * (xn ** 2 + yn ** 2 - xn * xm - yn * ym) + zm * (xm ** 2 + ym ** 2 - xn * xm - yn * ym))
+    b = 2 * (zn * (xn ** 2 + yn ** 2 - xn * xm - yn * ym)
+             + zm * (xm ** 2 + ym ** 2 - xn * xm - yn * ym))
     c = (xn * zn - xm * zm) ** 2 + (yn * zn - ym * zm) ** 2 + (zn - zm) ** 2 - 1
     return (-b + (b * b - 4 * a * c).clamp(min=floor).sqrt()) / (2 * a.clamp(min=floor))
 
@@ -381,29 +408,34 @@ def bone_length(joints: Tensor, bone: tuple[int, int]) -> Tensor:
     return (joints[:, bone[1]] - joints[:, bone[0]]).norm(dim=-1)
 
 
-def swap_root(joints: Tensor, convention: Convention, back: bool = False) -> Tensor:
-    """Joint 0 from wrist to the convention's root, or `back`; (B, J, D) linear coordinates.
+def with_root(joints: Tensor, convention: Convention) -> Tensor:
+    """The rooted hand: joint 0 becomes the mean of the root's joints; (B, J, D), any axes."""
+    root = joints[:, convention.root].mean(1, keepdim=True)
+    return torch.cat([root, joints[:, 1:]], 1)
 
-    The palm is the middle of wrist and middle MCP, so wrist = 2 palm - MCP.
-    """
-    if len(convention.root) == 1:
-        return joints
-    other = joints[:, convention.root[1]]
-    first = 2 * joints[:, 0] - other if back else (joints[:, 0] + other) / 2
-    return torch.cat([first[:, None], joints[:, 1:]], 1)
+
+def with_wrist(rooted: Tensor, convention: Convention) -> Tensor:
+    """The inverse of `with_root`: of a root (wrist + MCP) / 2 the wrist is 2 root - MCP."""
+    wrist = len(convention.root) * rooted[:, :1]
+    for joint in convention.root[1:]:
+        wrist = wrist - rooted[:, joint, None]
+    return torch.cat([wrist, rooted[:, 1:]], 1)
 
 
 def pose_25d(batch: dict, A: Tensor, convention: Convention) -> tuple[Tensor, Tensor, Tensor]:
-    """The targets of Eq. 5 from a batch and its views: (B, J, 3) u, v px of the view and d in bones,
-    the root's depth in bones (B,), the unit bone's length (B,) m; NaN where unknown."""
+    """The rooted targets of Eq. 5 from a batch and its views A (B, 3, 3); NaN where unknown.
+
+    Returns (B, J, 3) u, v px of the view and d in bones; the root's depth (B,) in bones; the length
+    (B,) m of the unit bone.
+    """
     joints = torch.where(batch["joints_ok"][..., None], batch["joints"], math.nan)
-    joints = swap_root(joints, convention)
     unit = bone_length(joints, convention.bone)
-    uv = transform(A, batch["uv"])
-    root_uv = transform(A, project(joints[:, :1], batch["K"]))                 # the middle in space, seen
-    flat = swap_root(uv, convention)[:, :1]                                    # no 3D: the middle in the picture
-    uv = torch.cat([torch.where(root_uv.isfinite(), root_uv, flat), uv[:, 1:]], 1)
-    depth = joints[..., 2] / unit[:, None]
+    rooted = with_root(joints, convention)
+    depth = rooted[..., 2] / unit[:, None]
+    rooted_uv = with_root(transform(A, batch["uv"]), convention)
+    root_uv = transform(A, project(rooted[:, :1], batch["K"]))       # the middle in space, as seen;
+    root_uv = torch.where(root_uv.isfinite(), root_uv, rooted_uv[:, :1])     # no 3D: in the picture
+    uv = torch.cat([root_uv, rooted_uv[:, 1:]], 1)
     return torch.cat([uv, (depth - depth[:, :1])[..., None]], -1), depth[:, 0], unit
 
 
@@ -411,14 +443,17 @@ def hand_view(image: Tensor, cfg: Config, epoch: int = 0, index: Tensor | None =
               ) -> tuple[Tensor, Tensor]:
     """Stored squares (B, 3, L, L) -> what the network sees, (B, 3, S, S), and how, (B, 3, 3).
 
-    With `index` (B,) a training view: turned by up to 45 degrees and shifted (authors' earlier project).
+    With `index` (B,) a training view: turned by up to 45 degrees, shifted (authors' earlier code).
     """
-    (B, L), S = (len(image), image.shape[-1]), cfg.image_size
+    B = len(image)
+    L = image.shape[-1]
+    S = cfg.image_size
     A = crop(torch.full((B, 2), (L - 1) / 2, device=image.device),
              torch.full((B,), L * CROP / MARGIN, device=image.device), S)
     if index is not None:
         u = uniform(index, 3, cfg.seed, "peclr fine-tuning", epoch)
-        A = translation(S * (15 * u[:, 1:] - 7.5) / 128) @ rotation((2 * u[:, 0] - 1) * math.pi / 4, S) @ A
+        turn = rotation((2 * u[:, 0] - 1) * math.pi / 4, S)
+        A = translation(S * (15 * u[:, 1:] - 7.5) / 128) @ turn @ A
     return normalise(warp(image, A, S)), A
 
 
@@ -429,16 +464,21 @@ class HandNet(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.cfg, self.convention = cfg, CONVENTIONS[cfg.bone]
-        self.backbone = build_backbone(cfg.backbone, cfg.image_size).requires_grad_(not cfg.freeze)
-        d = self.backbone.dim
-        hidden = [nn.Linear(d, 512), nn.ReLU()] if cfg.freeze else []          # Sec. 4.4: a two-layer MLP
-        self.head = nn.Sequential(*hidden, nn.Linear(512 if hidden else d, 3 * N_JOINTS))
-        act = lambda: nn.LeakyReLU(self.convention.slope)
+        self.cfg = cfg
+        self.convention = CONVENTIONS[cfg.bone]
+        self.backbone = build_backbone(cfg.backbone, cfg.image_size)
+        self.backbone.requires_grad_(not cfg.freeze)
+        width = self.backbone.dim
+        hidden = []
+        if cfg.freeze:                                                 # Sec. 4.4: a two-layer MLP
+            hidden = [nn.Linear(width, 512), nn.ReLU()]
+            width = 512
+        self.head = nn.Sequential(*hidden, nn.Linear(width, 3 * N_JOINTS))
+        slope = self.convention.slope
         self.refine = nn.Sequential(
-            nn.Linear(3 * N_JOINTS + 1, 128), nn.BatchNorm1d(128), act(),
-            nn.Linear(128, 128), nn.BatchNorm1d(128), act(), nn.Linear(128, 1))
-        self.register_buffer("unit", torch.tensor(1.0))                        # mean length of bone 9-10, m
+            nn.Linear(3 * N_JOINTS + 1, 128), nn.BatchNorm1d(128), nn.LeakyReLU(slope),
+            nn.Linear(128, 128), nn.BatchNorm1d(128), nn.LeakyReLU(slope), nn.Linear(128, 1))
+        self.register_buffer("unit", torch.tensor(1.0))                # mean length of bone 9-10, m
 
     def train(self, mode: bool = True) -> HandNet:
         """A frozen encoder stays in evaluation mode: its BatchNorm does not move."""
@@ -447,72 +487,90 @@ class HandNet(nn.Module):
         return self
 
     def forward(self, images: Tensor, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 3, S, S) normalised, K of these views (B, 3, 3) -> u, v px and d in bones (B, J, 3), the
-        root's d being 0; rays (B, J, 2); refined root depth (B,) in bones."""
+        """(B, 3, S, S) normalised, K of these views (B, 3, 3) -> the rooted hand, seen and lifted.
+
+        Returns u, v px and d in bones (B, J, 3), the root's d being 0; rays (B, J, 2); the refined
+        root depth (B,) in bones, which sends no gradient into the encoder or the head.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.cfg.freeze):
             f = encode(self.backbone, images)
         with torch.autocast(images.device.type, enabled=False):
-            out = self.head(f.to(torch.promote_types(f.dtype, torch.float32))).unflatten(1, (N_JOINTS, 3))
+            f = f.to(torch.promote_types(f.dtype, torch.float32))
+            out = self.head(f).unflatten(1, (N_JOINTS, 3))
             out = torch.cat([out[..., :2], F.pad(out[:, 1:, 2:], (0, 0, 1, 0))], -1)
-            return out, *self.depth(out.detach(), K)
+            rays, root = self.depth(out.detach(), K)
+        return out, rays, root
 
     def depth(self, out: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, J, 3) as `forward` and K of the views -> rays (B, J, 2), refined root depth (B,) bones.
+        """(B, J, 3) as `forward`, K of the views -> rays (B, J, 2), refined root depth (B,) bones.
 
         The refinement adds to the closed form (Spurr et al. 2020, as in the authors' code).
         """
-        c, rays = self.convention, transform(invert(K), out[..., :2])
+        c = self.convention
+        rays = transform(invert(K), out[..., :2])
         root = root_depth(rays, out[..., 2], c.bone, c.floor).clamp(*c.limits)
         parts = [out[..., 2], rays.flatten(1), root[:, None]]
-        return rays, root + self.refine(torch.cat(parts[::-1] if c.depth_first else parts, 1))[:, 0]
+        parts = parts[::-1] if c.depth_first else parts
+        return rays, root + self.refine(torch.cat(parts, 1))[:, 0]
 
     def predict(self, batch: dict) -> dict[str, Tensor]:
         """{"image", "K", "scale"} -> joints, root m in the camera frame; uv px of image."""
-        c, cfg, K = self.convention, self.cfg, view_intrinsics(batch)
-        crops, A = hand_view(batch["image"], cfg)
-        for again in (True, False) if cfg.two_pass else (False,):
-            seen_K = A @ K                          # outside: bfloat16 intrinsics are millimetres off
+        S = self.cfg.image_size
+        K = view_intrinsics(batch)
+        crops, A = hand_view(batch["image"], self.cfg)
+        seen_K = A @ K                          # outside: bfloat16 intrinsics are millimetres off
+        with autocast(crops.device):
+            out, rays, root = self(crops, seen_K)
+        if self.cfg.two_pass:
+            uv = transform(invert(A), out[..., :2])
+            low = uv.amin(1)
+            high = uv.amax(1)
+            A = crop((low + high) / 2, CROP * (high - low).amax(1).clamp(min=4), S)
+            crops = normalise(warp(batch["image"], A, S))
+            seen_K = A @ K
             with autocast(crops.device):
                 out, rays, root = self(crops, seen_K)
-            if again:
-                uv = transform(invert(A), out[..., :2])
-                low, high = uv.amin(1), uv.amax(1)
-                A = crop((low + high) / 2, CROP * (high - low).amax(1).clamp(min=4), cfg.image_size)
-                crops = normalise(warp(batch["image"], A, cfg.image_size))
-        joints = swap_root(lift(rays, out[..., 2], root), c, back=True)                     # bones
-        length = torch.where(batch["scale"] == 1, self.unit, batch["scale"])                # 1 m: not known
-        if cfg.bone == "index":                       # the length given is that of 9-10, not of this unit
+        joints = with_wrist(lift(rays, out[..., 2], root), self.convention)              # bones
+        length = torch.where(batch["scale"] == NOT_GIVEN, self.unit, batch["scale"])    # 9-10, m
+        if self.cfg.bone == "index":            # where the joints are in lengths of another bone
             length = length / bone_length(joints, MIDDLE_BONE).clamp(min=1e-6)
         uv = torch.cat([project(joints[:, :1], seen_K), out[:, 1:, :2]], 1)
         joints = joints * length[:, None, None]
         return {"joints": joints, "root": joints[:, 0], "uv": transform(invert(A), uv)}
 
 
-RELEASED = (0, 1, 6, 11, 16, 2, 7, 12, 17, 3, 8, 13, 18, 4, 9, 14, 19, 5, 10, 15, 20)     # ours to the release's joints
+# Our joints, each by its number in the release: the root, then MCP, PIP, DIP, tip of all fingers.
+RELEASED = (0, 1, 6, 11, 16, 2, 7, 12, 17, 3, 8, 13, 18, 4, 9, 14, 19, 5, 10, 15, 20)
 
 
 def load_released(model: HandNet, file: str) -> str:
     """Head and refinement of a fine-tuned network of the release, put into our joint order.
 
-    Keys backend_model.fc.{weight (64, d), bias} and zroot_ref.zroot_ref.*; "" where the file has none.
-    Raises UserError where this model means depth otherwise (--bone) or has another head.
+    Keys backend_model.fc.{weight (64, d), bias} and zroot_ref.zroot_ref.*; returns what to print,
+    or "" where the file has none. Raises UserError where this model means depth otherwise (--bone)
+    or has another head.
     """
     weights = load_checkpoint(file)
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {}
-    if "backend_model.fc.weight" not in weights or "zroot_ref.zroot_ref.0.weight" not in weights:
+    head = "backend_model.fc."
+    refine = "zroot_ref.zroot_ref."
+    if f"{head}weight" not in weights or f"{refine}0.weight" not in weights:
         return ""
     if model.cfg.bone != "middle" or model.cfg.freeze:
-        raise UserError(f"{file}: is a fine-tuned network of the release; it needs --bone middle and no --freeze")
+        raise UserError(f"{file}: is a fine-tuned network of the release; it needs --bone middle "
+                        "and no --freeze")
     j = torch.tensor(RELEASED)
-    outputs = (3 * j[:, None] + torch.arange(3)).flatten()                    # rows u, v, d of each joint
-    inputs = torch.cat([j, N_JOINTS + (2 * j[:, None] + torch.arange(2)).flatten(), torch.tensor([63])])
-    state = {k.removeprefix("zroot_ref.zroot_ref."): v for k, v in weights.items() if k.startswith("zroot_ref.")}
+    outputs = (3 * j[:, None] + torch.arange(3)).flatten()              # rows u, v, d of each joint
+    rays = (N_JOINTS + 2 * j[:, None] + torch.arange(2)).flatten()
+    inputs = torch.cat([j, rays, torch.tensor([3 * N_JOINTS])])          # depths, rays, root
+    state = {k.removeprefix(refine): v for k, v in weights.items() if k.startswith(refine)}
     state["0.weight"] = state["0.weight"][:, inputs]
     try:
-        model.head[-1].load_state_dict({k: weights[f"backend_model.fc.{k}"][outputs] for k in ("weight", "bias")})
+        model.head[-1].load_state_dict({k: weights[head + k][outputs] for k in ("weight", "bias")})
         model.refine.load_state_dict(state)
     except (RuntimeError, KeyError) as error:
-        raise UserError(f"{file}: head or refinement do not fit ({str(error).splitlines()[-1].strip()})") from None
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{file}: head or refinement do not fit ({reason})") from None
     return f"{file}: head and depth refinement of the release read, joints put into our order"
 
 
@@ -521,14 +579,18 @@ def build(cfg: Config) -> HandNet:
     return HandNet(cfg)
 
 
-# ---- Training -------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
 
 
 class Lars(torch.optim.Adam):
-    """LARS around Adam (You et al. 2017; lightning-bolts 0.2.2): each tensor's gradient, with its decay,
-    times q = min(eta |w| / (|g| + decay |w| + eps) / rate, 1), where neither norm is 0; then Adam."""
+    """LARS around Adam (You et al. 2017; lightning-bolts 0.2.2): each tensor's gradient, with its
+    decay, times q = min(eta |w| / (|g| + decay |w| + eps) / rate, 1); then Adam.
 
-    ETA, EPS = 0.02, 1e-8
+    Where w or g is 0 the gradient stays as it is. At rate 0 q is 1.
+    """
+
+    ETA = 0.02
+    EPS = 1e-8
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -537,10 +599,12 @@ class Lars(torch.optim.Adam):
             for w in group["params"]:
                 if w.grad is None:
                     continue
-                size, slope = w.norm(), w.grad.norm()
-                q = self.ETA * size / (slope + decay * size + self.EPS) / group["lr"] if group["lr"] else 1 + size
-                both = (size > 0) & (slope > 0)
-                w.grad.copy_(torch.where(both, (w.grad + decay * w) * q.clamp(max=1), w.grad))
+                size = w.norm()
+                slope = w.grad.norm()
+                trust = self.ETA * size / (slope + decay * size + self.EPS)
+                q = (trust / group["lr"]).clamp(max=1)
+                scaled = (w.grad + decay * w) * q
+                w.grad.copy_(torch.where((size > 0) & (slope > 0), scaled, w.grad))
             group["weight_decay"] = 0.0                             # it is in the gradient already
         super().step(closure)
         for group, decay in zip(self.param_groups, decays):
@@ -548,18 +612,20 @@ class Lars(torch.optim.Adam):
 
 
 def lr_at(step: int, peak: float, warm: int, total: int) -> float:
-    """Rate at a step: linear from 0 to `peak` in `warm` steps, then half a cosine to 0 at `total`."""
+    """Rate at a step: linear from 0 to `peak` in `warm` steps, then a cosine to 0 at `total`."""
     if step < warm:
         return peak * step / max(1, warm - 1)
     return peak * 0.5 * (1 + math.cos(math.pi * min(1, (step - warm) / max(1, total - warm))))
 
 
 def mixed_order(sizes: list[int], seed: int, epoch: int) -> Tensor:
-    """Order of an epoch that draws each of several joined data sets equally often: (sum of sizes,) int64.
+    """Order of an epoch that draws all of several data sets equally often: (sum of sizes,) int64.
 
     A small one is passed through several times; `i + k n` is sample i the k-th time (14).
     """
-    n, parts, start = sum(sizes), [], 0
+    n = sum(sizes)
+    parts = []
+    start = 0
     for number, size in enumerate(sizes):
         quota = n // len(sizes) + (number < n % len(sizes))
         passes = math.ceil(quota / size)
@@ -570,19 +636,19 @@ def mixed_order(sizes: list[int], seed: int, epoch: int) -> Tensor:
 
 
 def projections(net: nn.Module, batch: dict, cfg: Config, epoch: int) -> Tensor:
-    """Both views of a micro-batch, encoded, projected and, for PeCLR, undone: (2, B, 128)."""
+    """Both views of a micro-batch, encoded, projected and, for PeCLR, undone: z~ (2, B, 128)."""
     views, drawn = make_views(batch, cfg, epoch)
-    with autocast(views.device):                    # the network only: bfloat16 points would miss theirs
+    with autocast(views.device):               # the network only: bfloat16 points would miss theirs
         p = net(views.flatten(0, 1))
     p = p.to(torch.promote_types(p.dtype, torch.float32)).unflatten(0, (2, -1))
     if cfg.objective == "simclr":
         return p
-    return torch.stack([undo_view(p[k], g.angle, g.shift, "one-range" in cfg.variant)
-                        for k, g in enumerate(drawn)])
+    one_range = "one-range" in cfg.variant
+    return torch.stack([undo_view(p[k], g.angle, g.shift, one_range) for k, g in enumerate(drawn)])
 
 
 def gathered(z: Tensor) -> Tensor:
-    """The projections of all processes, (2, B, D) each, side by side; only one's own carry gradients."""
+    """(2, B, D) of all processes side by side, where only one's own carry gradients."""
     if world() == 1:
         return z
     parts = [torch.empty_like(z) for _ in range(world())]
@@ -597,26 +663,25 @@ def batch_loss(z: Tensor, cfg: Config) -> dict[str, Tensor]:
     return {"loss": nt_xent(everyone, cfg.tau), **contrast_monitors(everyone.detach())}
 
 
-def pretrain_step(net: nn.Module, micro_batches: list[dict], cfg: Config, epoch: int) -> dict[str, Tensor]:
-    """Loss of the whole batch, Eq. 3, with its gradients left in the network (1).
+# A step of pre-training in three forms: the micro-batches of one process in, the terms out, their
+# gradients left in the network. Eq. 3 couples all samples of a batch; as processes average their
+# gradients, the loss of the whole batch counts once for each of them.
 
-    Several micro-batches go through twice: without a graph for the loss and its gradient on each
-    projection, then one at a time with that gradient. BatchNorm's running statistics move once.
+
+def whole_step(net: nn.Module, micro_batch: dict, cfg: Config, epoch: int) -> dict[str, Tensor]:
+    """Eq. 3 over the whole batch where a process has one micro-batch of it."""
+    terms = batch_loss(projections(net, micro_batch, cfg, epoch), cfg)
+    (world() * terms["loss"]).backward()
+    return terms
+
+
+def cached_step(net: nn.Module, micro_batches: list[dict], cfg: Config, epoch: int
+                ) -> dict[str, Tensor]:
+    """Eq. 3 over a whole batch too large for the memory: each micro-batch goes through twice (1).
+
+    First without a graph, for the loss and its gradient on each projection; then one at a time with
+    that gradient. BatchNorm's running statistics move once.
     """
-    last = len(micro_batches)
-    if "accumulate" in cfg.variant:
-        sums: dict[str, Tensor] = {}
-        for k, batch in enumerate(micro_batches, 1):
-            with accumulate(net, last=k == last):
-                z = projections(net, batch, cfg, epoch)
-                terms = {"loss": nt_xent(z, cfg.tau), **contrast_monitors(z.detach())}
-                (terms["loss"] / last).backward()
-            sums = {n: sums.get(n, 0) + t.detach() / last for n, t in terms.items()}
-        return sums
-    if last == 1:
-        terms = batch_loss(projections(net, micro_batches[0], cfg, epoch), cfg)
-        (world() * terms["loss"]).backward()                        # processes' gradients are averaged
-        return terms
     with torch.no_grad():
         z = torch.cat([projections(net, batch, cfg, epoch) for batch in micro_batches], 1)
     terms = batch_loss(z.requires_grad_(), cfg)
@@ -624,80 +689,93 @@ def pretrain_step(net: nn.Module, micro_batches: list[dict], cfg: Config, epoch:
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.track_running_stats = False
-    for k, (batch, slope) in enumerate(zip(micro_batches, z.grad.split(cfg.micro_batch, 1)), 1):
-        with accumulate(net, last=k == last):
+    slopes = z.grad.split(cfg.micro_batch, 1)
+    for k, (batch, slope) in enumerate(zip(micro_batches, slopes), 1):
+        with accumulate(net, last=k == len(micro_batches)):
             projections(net, batch, cfg, epoch).backward(slope)
     for norm in norms:
         norm.track_running_stats = True
     return terms
 
 
-def finetune_step(net: nn.Module, micro_batches: list[dict], cfg: Config, epoch: int) -> dict[str, Tensor]:
-    """Eq. 5 and the refined root's depth, each over the samples that have its label; gradients left."""
+def accumulated_step(net: nn.Module, micro_batches: list[dict], cfg: Config, epoch: int
+                     ) -> dict[str, Tensor]:
+    """The mean of Eq. 3 over micro-batches, each among its own samples only (`accumulate`)."""
     sums: dict[str, Tensor] = {}
     for k, batch in enumerate(micro_batches, 1):
-        crops, A = hand_view(batch["image"], cfg, epoch, batch["index"])
-        true, root_true, _ = pose_25d(batch, A, CONVENTIONS[cfg.bone])
-        K = A @ view_intrinsics(batch)
         with accumulate(net, last=k == len(micro_batches)):
-            with autocast(crops.device):
-                out, _, root = net(crops, K)
-            known = root_true.isfinite()
-            L_J2D, L_d = pose_loss(out, true)
-            L_root = (root - root_true).abs().where(known, 0).sum() / known.sum().clamp(min=1)
-            loss = L_J2D + 5 * L_d + L_root
-            (loss / len(micro_batches)).backward()
-        terms = {"loss": loss, "L_J2D": L_J2D, "L_d": L_d, "L_root": L_root}
-        sums = {n: sums.get(n, 0) + t.detach() / len(micro_batches) for n, t in terms.items()}
+            z = projections(net, batch, cfg, epoch)
+            terms = {"loss": nt_xent(z, cfg.tau), **contrast_monitors(z.detach())}
+            (terms["loss"] / len(micro_batches)).backward()
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0) + term.detach() / len(micro_batches)
     return sums
 
 
-def train(cfg: Config, folder: Path, model: nn.Module, data: Any, device: torch.device,
-          train_step: Callable, optimizer: torch.optim.Optimizer, peak: float, after_epoch: Callable) -> None:
-    """The loop of both stages; everything it needs to go on after a crash is in `run`."""
-    steps = steps_per_epoch(len(data), cfg.batch_size)
-    total = cfg.epochs * steps
-    warm = min(round(cfg.warmup_epochs * steps), total // 10)
-    net = parallel(model, device, cfg.compile)
-    run = Run(folder, METHOD, cfg, model, optimizer, total)
-    sizes = [len(part) for part in getattr(data, "datasets", [data])]
-    if cfg.epochs == 0:
-        after_epoch(run, -1)
-        run.save()
-    for epoch in range(run.step // steps, cfg.epochs):
-        model.train()
-        order = mixed_order(sizes, cfg.seed, epoch) if cfg.mix == "authors" and len(sizes) > 1 else None
-        for step, micro_batches in training_steps(data, cfg, epoch, run.step % steps, device, order):
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(run.step, peak, warm, total)
-            terms = train_step(net, micro_batches, cfg, epoch)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            average_buffers(model)
-            run.advance(terms, epoch, lr=group["lr"], may_save=step + 1 < steps)
-        run.log(epoch=epoch + 1, **after_epoch(run, epoch))
-        run.save()
+def finetune_step(net: nn.Module, batch: dict, cfg: Config, epoch: int) -> dict[str, Tensor]:
+    """Eq. 5 and the refined root's depth of a micro-batch, each over the samples with its label."""
+    crops, A = hand_view(batch["image"], cfg, epoch, batch["index"])
+    true, root_true, _ = pose_25d(batch, A, CONVENTIONS[cfg.bone])
+    K = A @ view_intrinsics(batch)              # outside: bfloat16 intrinsics are millimetres off
+    with autocast(crops.device):
+        out, _, root = net(crops, K)
+    known = root_true.isfinite()
+    L_J2D, L_d = pose_loss(out, true)
+    L_root = (root - root_true).abs().where(known, 0).sum() / known.sum().clamp(min=1)
+    loss = L_J2D + 5 * L_d + L_root
+    return {"loss": loss, "L_J2D": L_J2D, "L_d": L_d, "L_root": L_root}
 
 
 def pretrain(cfg: Config, out: Path, device: torch.device) -> Path:
-    """Sec. 3.2 on pictures without labels; returns OUT/backbone.pt, or backbone-simclr.pt beside PeCLR's."""
+    """Sec. 3.2 on pictures without labels; returns OUT/backbone.pt (--quick: SimCLR's beside it)."""
     torch.manual_seed(cfg.seed)
     name = "-".join((cfg.objective, *cfg.variant))
-    model, folder = PeCLR(cfg), out / f"pretrain-{name}"
+    folder = out / f"pretrain-{name}"
+    model = PeCLR(cfg)
     if cfg.init != "random":
         say(load_backbone(model.backbone, cfg.init))
-    data = open_data(cfg, cfg.data, "train", round(VIEW_STORE * cfg.image_size), VIEW_MARGIN, device)
-    size, peak = sum(p.numel() for p in model.backbone.parameters()) / 1e6, cfg.lr * math.sqrt(cfg.batch_size / 2048)
+    side = round(VIEW_STORE * cfg.image_size)
+    data = open_data(cfg, cfg.data, "train", side, VIEW_MARGIN, device)
+    sizes = [len(part) for part in getattr(data, "datasets", [data])]
+    steps = steps_per_epoch(len(data), cfg.batch_size)
+    total = cfg.epochs * steps
+    warm = min(round(cfg.warmup_epochs * steps), total // 10)
+    peak = cfg.lr * math.sqrt(cfg.batch_size / 2048)
+    millions = sum(p.numel() for p in model.backbone.parameters()) / 1e6
     seen = cfg.micro_batch if "accumulate" in cfg.variant else cfg.batch_size
-    say(f"pre-training {name} on {len(data):,} pictures, cropped around key points where there are any: "
-        f"{', '.join(transformations(cfg))}; {2 * seen - 2:,} negatives, "
-        f"peak rate {peak:.3g}, encoder {size:.1f} M parameters, "
-        f"{steps_per_epoch(len(data), cfg.batch_size)} steps an epoch")
+    say(f"pre-training {name} on {len(data):,} pictures, cropped around key points where there are "
+        f"any: {', '.join(transformations(cfg))}; {2 * seen - 2:,} negatives, "
+        f"peak rate {peak:.3g}, encoder {millions:.1f} M parameters, {steps} steps an epoch")
     if rank() == 0:
         draw_views(folder, data, cfg, device)
     optimizer = Lars(decay_groups(model, cfg.weight_decay))
-    train(cfg, folder, model, data, device, pretrain_step, optimizer, peak, lambda run, epoch: {})
-    file = out / ("backbone.pt" if not cfg.quick or cfg.objective == "peclr" else f"backbone-{cfg.objective}.pt")
+    net = parallel(model, device, cfg.compile)
+    run = Run(folder, METHOD, cfg, model, optimizer, total)
+    for epoch in range(run.step // steps, cfg.epochs):
+        model.train()
+        mixed = cfg.mix == "authors" and len(sizes) > 1
+        order = mixed_order(sizes, cfg.seed, epoch) if mixed else None
+        for step, micro_batches in training_steps(data, cfg, epoch, run.step % steps, device,
+                                                  order):
+            rate = lr_at(run.step, peak, warm, total)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            if "accumulate" in cfg.variant:
+                terms = accumulated_step(net, micro_batches, cfg, epoch)
+            elif len(micro_batches) > 1:
+                terms = cached_step(net, micro_batches, cfg, epoch)
+            else:
+                terms = whole_step(net, micro_batches[0], cfg, epoch)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            average_buffers(model)
+            run.advance(terms, epoch, lr=rate, may_save=step + 1 < steps)
+        run.log(epoch=epoch + 1)
+        run.save()
+    if cfg.epochs == 0:
+        run.save()
+    beside = cfg.quick and cfg.objective != "peclr"
+    file = out / (f"backbone-{cfg.objective}.pt" if beside else "backbone.pt")
     if rank() == 0:
         save_checkpoint(file, cpu_state(model.backbone))
     barrier()
@@ -706,51 +784,80 @@ def pretrain(cfg: Config, out: Path, device: torch.device) -> Path:
 
 
 def finetune(cfg: Config, out: Path, row: str, device: torch.device) -> None:
-    """Sec. 3.3 on labels: end to end, or the head alone (--freeze); best.pt is the best validation epoch."""
-    side, target = stored_side(cfg), (cfg.finetune,)
-    folder = out / f"{'probe' if cfg.freeze else 'finetune'}-{row}"
+    """Sec. 3.3 on labels: end to end, or the head alone (--freeze); best.pt: best epoch on val."""
     torch.manual_seed(cfg.seed)
+    folder = out / f"{'probe' if cfg.freeze else 'finetune'}-{row}"
     model = HandNet(cfg)
-    data = open_data(cfg, target, "train", side, MARGIN, device, labelled=True)
-    val, mean = open_data(cfg, target, "val", side, MARGIN, device), mean_hand(data)
+    side = stored_side(cfg)
+    data = open_data(cfg, (cfg.finetune,), "train", side, MARGIN, device, labelled=True)
+    val = open_data(cfg, (cfg.finetune,), "val", side, MARGIN, device)
+    mean = mean_hand(data)
     start_at_mean(model, data, mean)
     if cfg.init != "random":
         say(load_backbone(model.backbone, cfg.init))
-        if said := load_released(model, cfg.init):
-            say(said)
+        released = load_released(model, cfg.init)
+        if released:
+            say(released)
     elif cfg.freeze:
         settle_statistics(model, data, device)
     if rank() == 0:
         draw_crops(folder, data, cfg, device)
-    say(f"fine-tuning {row}{' with its encoder frozen' * cfg.freeze} on {mean['labels']:,} labelled hands, "
+    frozen = " with its encoder frozen" if cfg.freeze else ""
+    say(f"fine-tuning {row}{frozen} on {mean['labels']:,} labelled hands, "
         f"validated on {len(val):,}")
-    optimizer = torch.optim.Adam(decay_groups(model, cfg.weight_decay))
     about = {"method": METHOD, "row": row, "mean": mean}
-    train(cfg, folder, model, data, device, finetune_step, optimizer, cfg.lr,
-          lambda run, epoch: keep_best(run, epoch, val, cfg, device, about))
-    barrier()                                                       # others read what the first wrote
+    steps = steps_per_epoch(len(data), cfg.batch_size)
+    total = cfg.epochs * steps
+    warm = min(round(cfg.warmup_epochs * steps), total // 10)
+    optimizer = torch.optim.Adam(decay_groups(model, cfg.weight_decay))
+    net = parallel(model, device, cfg.compile)
+    run = Run(folder, METHOD, cfg, model, optimizer, total)
+    for epoch in range(run.step // steps, cfg.epochs):
+        model.train()
+        for step, micro_batches in training_steps(data, cfg, epoch, run.step % steps, device):
+            rate = lr_at(run.step, cfg.lr, warm, total)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            sums: dict[str, Tensor] = {}
+            for k, batch in enumerate(micro_batches, 1):
+                with accumulate(net, last=k == len(micro_batches)):
+                    terms = finetune_step(net, batch, cfg, epoch)
+                    (terms["loss"] / len(micro_batches)).backward()
+                for name, term in terms.items():
+                    sums[name] = sums.get(name, 0) + term.detach() / len(micro_batches)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            average_buffers(model)
+            run.advance(sums, epoch, lr=rate, may_save=step + 1 < steps)
+        run.log(epoch=epoch + 1, **keep_best(run, epoch, val, cfg, device, about))
+        run.save()
+    if cfg.epochs == 0:                                    # released weights, as they are
+        keep_best(run, -1, val, cfg, device, about)
+        run.save()
+    barrier()                                              # others read what the first wrote
 
 
 @torch.no_grad()
 def start_at_mean(model: HandNet, data: Any, mean: dict[str, Any]) -> None:
-    """Bias of the head at the training set's mean u, v and d; the mean length of bone 9-10 (11, 13)."""
-    S, joints = model.cfg.image_size, mean["joints"][None]
+    """The head's bias at the training set's mean u, v, d; the mean length of bone 9-10 (11, 13)."""
+    S = model.cfg.image_size
+    c = model.convention
     index = torch.arange(min(len(data), 4096))
-    every = torch.cat([data.targets(part)["joints"] for part in index.split(512)])
-    unit = bone_length(every, MIDDLE_BONE)
+    joints = torch.cat([data.targets(part)["joints"] for part in index.split(512)])
+    unit = bone_length(joints, MIDDLE_BONE)
     if unit.isfinite().any():
         model.unit.fill_(unit.nanmean())
-    c = model.convention
-    length = bone_length(every, c.bone).nanmean().nan_to_num(1.0)
-    uv, depth = swap_root(mean["uv"][None], c)[0], swap_root(joints, c)[0, :, 2]
-    uv = S * ((uv - 0.5) * MARGIN / CROP + 0.5)                                 # share of the square -> px
+    length = bone_length(joints, c.bone).nanmean().nan_to_num(1.0)
+    depth = with_root(mean["joints"][None], c)[0, :, 2]
+    uv = with_root(mean["uv"][None], c)[0]                               # share of the square
+    uv = S * ((uv - 0.5) * MARGIN / CROP + 0.5)                          # px of the crop
     model.head[-1].weight.mul_(0.1)
     model.head[-1].bias.copy_(torch.cat([uv, ((depth - depth[0]) / length)[:, None]], 1).flatten())
 
 
 @torch.no_grad()
 def settle_statistics(model: HandNet, data: Any, device: torch.device) -> None:
-    """BatchNorm's statistics of a random encoder that will be frozen: the mean over 8 training batches (9)."""
+    """BatchNorm's statistics of a random encoder to be frozen: the mean over 8 batches (9)."""
     norms = [m for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
     model.to(device).backbone.train()
     for norm in norms:
@@ -763,22 +870,23 @@ def settle_statistics(model: HandNet, data: Any, device: torch.device) -> None:
 
 @torch.no_grad()
 def draw_views(folder: Path, data: Any, cfg: Config, device: torch.device) -> None:
-    """views.png: both views of four samples with their key points moved along; transformations.png: Fig. 4,
-    each transformation alone."""
+    """views.png: both views of four samples with their key points moved along; transformations.png:
+    Fig. 4, each transformation alone."""
     batch = next(batches(data, [torch.linspace(0, len(data) - 1, 4).long()], device, 0))
     views, drawn = make_views(batch, cfg, 0)
-    rows = [[draw_skeleton(denormalise(view), uv) for view, uv in zip(views[k], transform(g.A, batch["uv"]))]
+    rows = [[draw_skeleton(denormalise(view), uv)
+             for view, uv in zip(views[k], transform(g.A, batch["uv"]))]
             for k, g in enumerate(drawn)]
     sheet(folder / "views.png", rows, labels=("view 1", "view 2"), width=800)
     first = {key: value[:1] for key, value in batch.items() if isinstance(value, Tensor)}
     still = draw_view(first, dataclasses.replace(cfg, augment=("blur",)), 0, 0).A
     original = warp(first["image"], still, cfg.image_size)[0] / 255
     cells = [label(picture(original, 160), "original")]
-    for name in GEOMETRIC + APPEARANCE:                            # half of the draws change nothing: the clearest of 8
+    for name in GEOMETRIC + APPEARANCE:
         alone = dataclasses.replace(cfg, augment=(name,))
-        tries = [denormalise(make_views(first, alone, epoch)[0][0, 0]) for epoch in range(8)]
-        best = max(tries, key=lambda view: float((view - original).abs().mean()))
-        cells.append(label(picture(best, 160), name))
+        tries = denormalise(torch.cat([make_views(first, alone, k)[0][0] for k in range(8)]))
+        clearest = (tries - original).abs().mean((1, 2, 3)).argmax()   # half of the draws do nothing
+        cells.append(label(picture(tries[clearest], 160), name))
     sheet(folder / "transformations.png", [cells[:5], cells[5:]], width=800)
 
 
@@ -791,31 +899,37 @@ def draw_crops(folder: Path, data: Any, cfg: Config, device: torch.device) -> No
     sheet(folder / "views.png", [drawn[:4], drawn[4:]])
 
 
-# ---- CLI ------------------------------------------------------------------------------------------
+# ---- CLI -----------------------------------------------------------------------------------------
+
+
+def finetune_config(given: dict[str, Any]) -> Config:
+    """Fine-tuning's options; with --freeze those of a probe stand between defaults and flags."""
+    if given.get("freeze"):
+        given = (QUICK_PROBE if given.get("quick") else PROBE) | given
+    return settle(Config, given, "finetune", QUICK)
 
 
 def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
-    """One stage, or with --quick all of them: both objectives, then every row frozen and end to end."""
+    """One stage, or with --quick all: both objectives, then every row frozen and end to end."""
     given = remember(out, recall(given | {"out": str(out)}))
-    make = lambda stage, **more: settle(Config, given | more, stage, QUICK)
-    probe = lambda freeze: (PROBE[bool(given.get("quick"))] | given if freeze else {}) | {"freeze": freeze}
-    end = lambda cfg, names: report(cfg, out, names, device, build, stored_side(cfg), MARGIN)
     if given.get("quick"):
         inits = {"scratch": "random"}
         for objective in ("simclr", "peclr"):
-            inits[objective] = str(pretrain(make("pretrain", objective=objective), out, device))
-        target = given.get("finetune") or make("pretrain").data[0]
+            cfg = settle(Config, given | {"objective": objective}, "pretrain", QUICK)
+            inits[objective] = str(pretrain(cfg, out, device))
+        target = given.get("finetune") or cfg.data[0]
         for row, init in inits.items():
             for freeze in (True, False):
-                cfg = make("finetune", **probe(freeze) | dict(init=init, finetune=target))
+                cfg = finetune_config(given | {"init": init, "finetune": target, "freeze": freeze})
                 finetune(cfg, out, row, device)
-        end(cfg, list(inits))
+        report(cfg, out, list(inits), device, build, stored_side(cfg), MARGIN)
     elif given.get("finetune"):
-        cfg = make("finetune", **probe(given.get("freeze", False)))
-        finetune(cfg, out, row_name(cfg.init), device)
-        end(cfg, [row_name(cfg.init)])
+        cfg = finetune_config(given)
+        row = row_name(cfg.init)
+        finetune(cfg, out, row, device)
+        report(cfg, out, [row], device, build, stored_side(cfg), MARGIN)
     else:
-        pretrain(make("pretrain"), out, device)
+        pretrain(settle(Config, given, "pretrain", QUICK), out, device)
 
 
 def main(argv: list[str] | None = None) -> None:
