@@ -146,7 +146,7 @@ class Config(Flags):
     mix: str = arg("authors", "several data sets: each equally often, or all shuffled",
                    why="authors' code", choices=("authors", "concat"))
     freeze: bool = arg(False, "fine-tune a two-layer head on the frozen encoder (Tab. 1)")
-    bone: str = arg("middle", "root, unit of depth: palm, middle MCP-PIP; or wrist, wrist-index MCP",
+    bone: str = arg("middle", "root, unit of depth: palm, middle MCP-PIP or wrist, wrist-index MCP",
                     why="the release's networks", choices=("middle", "index"))
     two_pass: bool = arg(False, "predict, crop around that, predict again (release's test code)")
     variant: tuple[str, ...] = arg((), "named departures, listed below", choices=tuple(VARIANTS))
@@ -333,7 +333,7 @@ def nt_xent(z: Tensor, tau: float) -> Tensor:
 
 
 def pose_loss(pred: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 5: (B, J, 3) of u, v px and depth in bones, twice -> L_J2D, L_d; where `true` is NaN none.
+    """Eq. 5: (B, J, 3) of u, v px, d in bones, twice -> L_J2D, L_d, none where `true` is NaN.
 
     2D: mean over x and y and over the joints that have it; depth likewise (authors' earlier code).
     """
@@ -727,7 +727,7 @@ def finetune_step(net: nn.Module, batch: dict, cfg: Config, epoch: int) -> dict[
 
 
 def pretrain(cfg: Config, out: Path, device: torch.device) -> Path:
-    """Sec. 3.2 on pictures without labels; returns OUT/backbone.pt (--quick: SimCLR's beside it)."""
+    """Sec. 3.2 on pictures without labels; returns OUT/backbone.pt (--quick: SimCLR's beside)."""
     torch.manual_seed(cfg.seed)
     name = "-".join((cfg.objective, *cfg.variant))
     folder = out / f"pretrain-{name}"
@@ -885,7 +885,7 @@ def draw_views(folder: Path, data: Any, cfg: Config, device: torch.device) -> No
     for name in GEOMETRIC + APPEARANCE:
         alone = dataclasses.replace(cfg, augment=(name,))
         tries = denormalise(torch.cat([make_views(first, alone, k)[0][0] for k in range(8)]))
-        clearest = (tries - original).abs().mean((1, 2, 3)).argmax()   # half of the draws do nothing
+        clearest = (tries - original).abs().mean((1, 2, 3)).argmax()    # half the draws do nothing
         cells.append(label(picture(tries[clearest], 160), name))
     sheet(folder / "transformations.png", [cells[:5], cells[5:]], width=800)
 
