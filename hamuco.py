@@ -1,52 +1,64 @@
 """HaMuCo: Hand Pose Estimation via Multiview Collaborative Self-Supervised Learning.
 
-Zheng, Wen, Xue, Ren, Wang; ICCV 2023, arXiv 2302.00988. The row reproduced is Table 4, "Full" with
-ResNet-50: HanCo 11.14 / 8.31 / 7.65 mm NMPJPE and 7.05 / 5.35 / 5.34 mm PA-MPJPE (single view,
-interaction, fusion), and Table 3, 8.8 / 5.3 mm (Opt-Center) and 8.5 / 5.6 mm (RANSAC).
+Zheng, Wen, Xue, Ren, Wang; ICCV 2023, arXiv 2302.00988. On the data that is not given here, HanCo,
+the second command is the recipe of Table 4, "Full" with ResNet-50 (paper: 11.14 / 8.31 / 7.65 mm
+NMPJPE and 7.05 / 5.35 / 5.34 mm PA-MPJPE of single view, interaction and fusion) and of Table 3
+(8.8 / 5.3 mm Opt-Center, 8.5 / 5.6 mm RANSAC). Nobody has run it at that size with this code.
 
     python hamuco.py --quick                                  minutes on a CPU, no data
-    python hamuco.py --data hanco=DIR                         the paper's training
+    python hamuco.py --data hanco=DIR --init resnet50.pth     the paper's training; --init: see 18
     python hamuco.py --data hanco=DIR --backbone resnet18     its ablations, Table 4, with --variant
 
 The idea: a network that sees one view learns from noisy 2D labels of several synchronised ones. A
 second network lets the views' features talk; its hands, one a view, must agree after the known (or
 fitted) rotation between cameras, and their average teaches the first network.
 
-Letters: I pictures, H1..H4 maps of the encoder, G joint features (V, J, D), M hand of a view (single),
-M* hand after interaction, M~ fused hand, theta pose, beta shape, A alignment between views, R camera
-rotations. B moments, V views, N pictures that are there, J = 21 joints, P = 799 points: 778 vertices,
-then the joints. Coordinates are rooted at the middle MCP, in units of 0.2 m, pictures in [-1, 1].
+Letters: I pictures, H1..H4 maps of the encoder, G joint features (V, J, D), M hand of a view
+(single), M* hand after interaction, M~ fused hand, theta pose, beta shape, A alignment between
+views, R camera rotations. B moments, V views, N pictures that are there, J = 21 joints, P = 799
+points: 778 vertices, then the joints.
+
+Units: 3D points inside the network are rooted at the middle MCP and counted in SPAN = 0.2 m. 2D
+points inside the network are in [-1, 1] from edge to edge of its crop, so a crop is 2 wide, and the
+camera's s is in crop widths a metre: `to_crop` takes SPAN to 2 s SPAN. Predictions leave in m and
+in px of the stored picture; limits of triangulation are in px of a 256 px crop (`of_crop`).
 
 Differs from the paper
  1. The readable code (zxz267/HaMuCo @7a6885b) is that of the first version; multi-view inference,
     iterative training and the protocols of Tables 2 and 3 were never released. They are ours, after
     the text. Where the text is silent, the code decides.
- 2. A. A similarity over all P points, with scale and translation also where R is known (code). There
-    is no canonical M~: for every view i, A_i(M*_j) is averaged over j, j = i included (code).
- 3. L_c2D. Pi with the camera of view i would multiply by its scale; the code compares x and y of the
-    aligned points. We do as well; `projected-c2d` is as printed.
- 4. Alternation. L_c2D on even steps, L_cf on odd ones. The code counts forward passes, validation too.
+ 2. A is a similarity over all P points, with scale and translation also where R is known (code).
+    There is no canonical M~: for every view i, A_i(M*_j) is averaged over j, j = i included (code).
+ 3. L_c2D. Pi with the camera of view i would multiply by its scale; the code compares x and y of
+    the aligned points. We do as well; `projected-c2d` is as printed.
+ 4. Alternation. L_c2D on even steps, L_cf on odd ones. The code counts forward passes, and those of
+    validation too.
  5. Warm-up. 10 epochs without L_c and L_d (text); the code's counter is set to 0.
  6. L_p. Norms are means over numbers, theta the 15 local joints as axis-angle without MANO's mean,
     alpha 0.01, gamma 100 (code).
- 7. Camera. (s, t) with a ReLU on s (code). Last layers start at zero weights, a hand in its mean pose
-    and s = 5, so that s cannot begin dead; paper silent; ours.
- 8. SAIGB flattens maps of 8x8, which ties the code to 256 px. Ours takes the map's own size, so D is
-    the paper's at 256 px and smaller for smaller pictures.
+ 7. Camera. (s, t) with a ReLU on s (code). Last layers start at zero weights, a hand in its mean
+    pose and s = 5, so that s cannot begin dead; paper silent; ours.
+ 8. SAIGB flattens maps of 8x8, which ties the code to 256 px. Ours takes the map's own size, so D
+    is the paper's at 256 px and smaller for smaller pictures.
  9. Missing views are left out before the encoder, in attention, in the maximum and in every mean.
-10. Random masks (Sec. 4.6) are drawn anew for each sample, and may leave all views; in the code a batch
-    shares them and one view at least is hidden. Epochs and rate are not stated: a tenth, cosine; ours.
+10. Random masks (Sec. 4.6) are drawn anew for each sample, and may leave all views; in the code a
+    batch shares them and one view at least is hidden. The paper states neither their epochs nor
+    their rate; we take a tenth of the rate and a cosine.
 11. Iterative training: labels are the interaction's 2D of the round before, confidence 1, from
     fresh weights; paper silent; ours.
-12. Crops: the box is HanCo's middle 104 px (code: test crops of 130, training crops of 120 to 159 px,
-    moved, scaled, turned by 180 degrees either way); shares of the box on other data.
+12. Crops: the box is HanCo's middle 104 px (code: test crops of 130, training crops of 120 to 159
+    px, moved, scaled, turned by 180 degrees either way); shares of the box on other data.
 13. `no-dcvi` (Table 4, #10): L_c and M~ act on M; L_d would repeat L_cf, and is left out.
 14. Full supervision (Tab. 2, 3) adds L1 on root-relative joints of both networks and takes true key
     points for L_2D; triangulated labels are learnt from in the same way; paper silent; ours.
 15. Opt-Center: median over joints of triangulated minus fused, then Huber reprojection, scale kept.
-    RANSAC: all pairs instead of ten drawn ones, then as karfly/learnable-triangulation-pytorch does.
-16. Choice of epoch: the last. Any other choice needs labels. Rate: a cosine by step (code: by epoch).
-17. Joints are regressed from the posed mesh (code); on synthetic hands, the chain's, as in the truth.
+    RANSAC: all pairs instead of ten drawn ones, then as karfly/learnable-triangulation-pytorch.
+16. Choice of epoch: the last. Any other choice needs labels. Rate: a cosine by step (code: by
+    epoch).
+17. Joints are regressed from the posed mesh (code); on synthetic hands they are the kinematic
+    chain's, as in the truth.
+18. First weights. The code starts its encoder from ImageNet's; the text is silent. Ours starts from
+    random ones unless --init names a file, for nothing is downloaded here.
 """
 from __future__ import annotations
 
@@ -65,11 +77,11 @@ from common import (
     load_checkpoint, matrix_to_axis_angle, normalise, open_out, parallel, parse, pck_curve,
     permutation, project, rank, recall, remember, rotate_z, rotation, save_checkpoint, say,
     score, settle, share, six_d_to_matrix, start, steps_per_epoch, stored_config, summarise,
-    to_device, training_steps, transform, uniform, warp, world)
+    to_device, training_steps, transform, uniform, unwrapped, warp, world)
 from hand import hand_mark, user_hand
 from hand.drawing import curve, draw_side, draw_skeleton, label, sheet
 from sources import Rig, data_name, open_data
-from sources.judging import mean_hand, mean_pose_scores, table, write_results
+from sources.judging import mean_hand, mean_pose_scores, predictions, table, write_results
 from sources.loader import Rows
 
 import numpy as np
@@ -77,13 +89,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ---- Config ---------------------------------------------------------------------------------------
+# ---- Config --------------------------------------------------------------------------------------
 
 METHOD = "hamuco"
 CROP = 1.25                  # network's crop / hand box: 130 / 104 px (authors' code, testing)
 MARGIN = 2.2                 # stored square / hand box: HanCo's whole picture, 224 / 104 px
 STORE = MARGIN / CROP        # stored side / network side, so px of both are the same
-SPAN = 0.2                   # m, unit of normalised coordinates (authors' code)
+SPAN = 0.2                   # m, unit of the network's 3D points (authors' code)
 OUTLIERS = 0.2               # share of lost labels in --quick: some 32 px on a 256 px crop
 QUICK_TEST = 256             # moments that --quick scores
 
@@ -103,8 +115,9 @@ VARIANTS = {
     "projected-c2d": "L_c2D on projections, as Sec. 3.2.3 prints it",
 }
 
-_QUICK = dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, batch_size=8, micro_batch=8,
-              samples=1536, views=4, lr=1e-3, alpha=0.1, gamma=10.0, augment=0.1, workers=0)
+_QUICK = dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, batch_size=8,
+              micro_batch=8, samples=1536, views=4, lr=1e-3, alpha=0.1, gamma=10.0, augment=0.1,
+              workers=0)
 QUICK = {"single_view": _QUICK | dict(epochs=6), "hamuco": _QUICK | dict(epochs=3, warm_epochs=1)}
 
 
@@ -112,7 +125,10 @@ QUICK = {"single_view": _QUICK | dict(epochs=6), "hamuco": _QUICK | dict(epochs=
 class Config(Flags):
     """Every option: default, what it is, the paper's value and where it stands."""
 
-    backbone: str = arg("resnet50", "encoder F_e", paper="resnet50", ref="Tab. 4", choices=BACKBONES)
+    backbone: str = arg("resnet50", "encoder F_e", paper="resnet50", ref="Tab. 4",
+                        choices=BACKBONES)
+    init: str = arg("random", "first weights of the encoder: random, or any checkpoint file",
+                    why="ImageNet's in the authors' code (18); nothing is downloaded here")
     image_size: int = arg(256, "side of the network's input, px", paper=256, ref="Sec. 4.2")
     epochs: int = arg(40, "passes over the data, the first ones included", paper=40, ref="Sec. 4.2")
     warm_epochs: int = arg(10, "of these, first ones without L_c and L_d", paper=10, ref="Sec. 4.2")
@@ -121,7 +137,8 @@ class Config(Flags):
     batch_size: int = arg(8, "moments a step, over all processes", paper=8, ref="Sec. 4.2")
     micro_batch: int = arg(8, "moments at a time, the unit of BatchNorm", why="ours")
     lr: float = arg(3e-4, "first learning rate, then a cosine to 0", paper=3e-4, ref="Sec. 4.2")
-    weight_decay: float = arg(0.01, "AdamW's decay (authors' code); none on biases and norms (ours)")
+    weight_decay: float = arg(0.01, "AdamW's decay (authors' code); none on biases and norms "
+                                    "(ours)")
     alpha: float = arg(0.01, "weight of the pose prior (authors' code)")
     gamma: float = arg(100.0, "alpha gamma is the weight of the shape prior (authors' code)")
     augment: float = arg(1.0, "how far training views are moved, turned and scaled: share of the "
@@ -138,7 +155,7 @@ class Config(Flags):
     variant: tuple[str, ...] = arg((), "named departures, listed below", choices=tuple(VARIANTS))
 
 
-# ---- Views: every picture of a moment moved on its own (authors' code) -----------------------------
+# ---- Views: every picture of a moment moved on its own (authors' code) ---------------------------
 
 
 class View(NamedTuple):
@@ -155,7 +172,7 @@ def stored_side(cfg: Config) -> int:
 
 
 def as_views(batch: dict) -> dict:
-    """A batch of single pictures (B, ...) as moments of one view (B, 1, ...); others as they are."""
+    """A batch of single pictures (B, ...) as moments of one view (B, 1, ...); others unchanged."""
     if batch["image"].dim() == 5:
         return batch
     ok = torch.ones(len(batch["image"]), dtype=torch.bool, device=batch["image"].device)
@@ -165,15 +182,21 @@ def as_views(batch: dict) -> dict:
 
 
 def draw_view(index: Tensor, V: int, side: int, cfg: Config, epoch: int) -> View:
-    """The draws of samples (B,) for V pictures `side` px wide, each its own (12)."""
-    u = torch.stack([uniform(index, 10, cfg.seed, "hamuco view", epoch, v) for v in range(V)], 1)
-    u, box, S = u.flatten(0, 1), side / MARGIN, cfg.image_size
-    wide = box * (130 + cfg.augment * (39 * u[:, 0] - 10)) / 104                       # px
-    wide = wide / (1 + cfg.augment * (0.2 * u[:, 1] - 0.1))
+    """The draws of samples (B,) for V stored pictures `side` px wide, each its own (12).
+
+    The authors' numbers are px of HanCo's pictures, where the hand's box is 104 px wide; --augment
+    is the share of their ranges that is used.
+    """
+    draws = [uniform(index, 10, cfg.seed, "hamuco view", epoch, v) for v in range(V)]
+    u = torch.stack(draws, 1).flatten(0, 1)                                 # (B V, 10)
+    box = side / MARGIN                                                     # px
+    wide = box * (130 + cfg.augment * (39 * u[:, 0] - 10)) / 104            # 120 to 159 px of 224
+    wide = wide / (1 + cfg.augment * (0.2 * u[:, 1] - 0.1))                 # scaled by 0.9 to 1.1
     shift = box * cfg.augment * (40 * (u[:, 2:4] - 0.5) + 20 * (u[:, 4:6] - 0.5)) / 104
     angle = math.pi * cfg.augment * (2 * u[:, 6] - 1)
-    A = rotation(angle, S) @ crop((side - 1) / 2 + shift, wide, S)
-    return View(*(x.unflatten(0, (-1, V)) for x in (A, angle, 0.8 + 0.4 * u[:, 7:])))
+    colour = 0.8 + 0.4 * u[:, 7:]
+    A = rotation(angle, cfg.image_size) @ crop((side - 1) / 2 + shift, wide, cfg.image_size)
+    return View(*(x.unflatten(0, (-1, V)) for x in (A, angle, colour)))
 
 
 def make_views(batch: dict, cfg: Config, epoch: int) -> tuple[Tensor, View]:
@@ -186,7 +209,10 @@ def make_views(batch: dict, cfg: Config, epoch: int) -> tuple[Tensor, View]:
 
 
 def hand_view(image: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Stored squares (B, V, 3, L, L) -> the test crop (B, V, 3, size, size), and how, (1, 3, 3)."""
+    """Stored squares (B, V, 3, L, L) -> the test crop (B, V, 3, size, size), and how, (1, 3, 3).
+
+    It is the middle of what `draw_view` draws around: no turn, no shift, CROP times the box.
+    """
     L = image.shape[-1]
     middle = torch.full((1, 2), (L - 1) / 2, device=image.device)
     A = crop(middle, torch.full((1,), L * CROP / MARGIN, device=image.device), size)
@@ -195,7 +221,7 @@ def hand_view(image: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def to_unit(uv: Tensor, size: int) -> Tensor:
-    """px of a picture `size` wide -> [-1, 1] from edge to edge."""
+    """px of a picture `size` wide -> [-1, 1] from edge to edge: pixel centres are integers."""
     return (2 * uv + 1) / size - 1
 
 
@@ -204,11 +230,17 @@ def to_px(uv: Tensor, size: int) -> Tensor:
     return ((uv + 1) * size - 1) / 2
 
 
-# ---- Model (Sec. 3.1, 3.2) ------------------------------------------------------------------------
+def of_crop(px: float, size: int) -> float:
+    """A limit in px of the authors' 256 px crop -> px of a crop `size` wide."""
+    return px * size / 256
+
+
+# ---- Model (Sec. 3.1, 3.2) -----------------------------------------------------------------------
 
 POSE, SHAPE, CAMERA = slice(0, 96), slice(96, 106), slice(106, 109)     # of a head's 109 numbers
 JOINTS = slice(N_VERTS, None)                                           # of the P points
-MAPS, LOCATION, HEADS, BLOCKS, DROP = 8, 64, 4, 2, 0.1                  # authors' code
+# Authors' code: SAIGB's maps a joint, c1, heads and blocks of DCVI, the last graph's width, dropout
+MAPS, LOCATION, HEADS, BLOCKS, LAST, DROP = 8, 64, 4, 2, 32, 0.1
 UPRIGHT = (0.0, 0, 1, 0, 0, 1)               # 6D of a hand with its palm to the camera, fingers up
 
 
@@ -239,25 +271,40 @@ def quiet(ok: Tensor) -> Draws:
 
 def draw_masks(index: Tensor, ok: Tensor, D: int, cfg: Config, epoch: int) -> Draws:
     """Dropout of samples (B,), and in the last --mask-epochs random views (Sec. 4.6; 10)."""
-    (B, V), n = ok.shape, ok.shape[1] * N_JOINTS * D
-    keep = []
-    for layer in range(BLOCKS + 1):
-        words = bits(index, math.ceil(n / 4), cfg.seed, "hamuco dropout", epoch, layer)
-        parts = torch.stack([(words >> k) & 0xFFFF for k in (0, 16, 32, 48)], -1).flatten(1)[:, :n]
-        keep.append((parts >= round(DROP * 65536)).view(B, V, N_JOINTS, D))
+    B, V = ok.shape
+    keep = [draw_dropout(index, V * N_JOINTS * D, cfg.seed, epoch, layer).view(B, V, N_JOINTS, D)
+            for layer in range(BLOCKS + 1)]
     draws = quiet(ok)._replace(keep=torch.stack(keep))
     if epoch < cfg.epochs:
         return draws
-    see, shared, own = [], [], torch.eye(V, dtype=torch.bool, device=ok.device)
-    count = ok.sum(1, keepdim=True)
+    own = torch.eye(V, dtype=torch.bool, device=ok.device)
+    there = ok.sum(1)
+    see, shared = [], []
     for block in range(BLOCKS):
         u = uniform(index, 2 + V + V * V, cfg.seed, "hamuco mask", epoch, block)
-        few = 1 + (u[:, :2] * count).long()                               # 1 .. views that are there
-        pick = torch.where(ok[:, None], u[:, 2 + V:].view(B, V, V), 2.0).masked_fill(own, -1.0)
-        see.append((pick.argsort(-1).argsort(-1) < few[:, :1, None]) & (ok[:, None] | own))
-        pick = torch.where(ok, u[:, 2:2 + V], 2.0)
-        shared.append((pick.argsort(-1).argsort(-1) < few[:, 1:]) & ok)
+        few_seen, few_shared, lot, lots = u.split([1, 1, V, V * V], 1)
+        lots = torch.where(ok[:, None], lots.view(B, V, V), 2.0)
+        lots = lots.masked_fill(own, -1.0)                        # a view always sees itself
+        see.append(first_lots(lots, few_seen[:, 0] * there) & (ok[:, None] | own))
+        shared.append(first_lots(torch.where(ok, lot, 2.0), few_shared[:, 0] * there) & ok)
     return draws._replace(see=torch.stack(see), shared=torch.stack(shared))
+
+
+def draw_dropout(index: Tensor, n: int, seed: int, epoch: int, layer: int) -> Tensor:
+    """Which of n numbers of each sample (B,) are kept, (B, n) bool, each with chance 1 - DROP.
+
+    A random word of 64 bits decides on four numbers, 16 bits each: drawing is then a small part of
+    a step.
+    """
+    words = bits(index, math.ceil(n / 4), seed, "hamuco dropout", epoch, layer)
+    quarters = torch.stack([words >> 16 * k for k in range(4)], -1).flatten(1) & 0xFFFF
+    return quarters[:, :n] >= round(DROP * 2 ** 16)
+
+
+def first_lots(lots: Tensor, few: Tensor) -> Tensor:
+    """Where the lots (B, ..., V) are among the 1 + floor(few) lowest of their row; few (B,)."""
+    place = lots.argsort(-1).argsort(-1)
+    return place < 1 + few.long().view(-1, *[1] * (lots.dim() - 1))
 
 
 class Heads(nn.ModuleList):
@@ -286,28 +333,34 @@ def _begin(pose: Tensor, shape: Tensor, camera: Tensor) -> None:
 def coordinates(verts: Tensor, joints: Tensor, camera: Tensor) -> tuple[Tensor, Tensor]:
     """(N, 778, 3), (N, 21, 3) m, camera (N, 3) -> the P points: xyz (N, P, 3), uv (N, P, 2).
 
-    Weak perspective, Sec. 3.1: Pi(P) = s Omega(P) + t, with x in m spanning 2 s of the picture.
+    Weak perspective, Sec. 3.1: Pi(P) = s Omega(P) + t.
     """
     xyz = (torch.cat([verts, joints], 1) - joints[:, MIDDLE_MCP, None]) / SPAN
-    return xyz, 2 * SPAN * camera[:, None, :1].relu() * xyz[..., :2] + camera[:, None, 1:]
+    return xyz, to_crop(camera)[:, None] * xyz[..., :2] + camera[:, None, 1:]
+
+
+def to_crop(camera: Tensor) -> Tensor:
+    """Camera (..., 3) s, tx, ty -> (..., 1): how far SPAN reaches in a crop that is 2 wide."""
+    return 2 * SPAN * camera[..., :1].relu()
 
 
 def sample_joints(H: Tensor, uv: Tensor) -> Tensor:
     """JFS: maps (N, C, h, w) at points (N, J, 2) in [-1, 1] -> (N, J, C); zero outside.
 
-    Corners are aligned, as in the authors' code. The grid stays float32 under autocast too: a bfloat16
-    one is pixels off.
+    Corners are aligned, as in the authors' code. The grid stays float32 under autocast too: a
+    bfloat16 one is pixels off.
     """
     with torch.autocast(H.device.type, enabled=False):
         return F.grid_sample(H.to(uv.dtype), uv[:, :, None], align_corners=True)[..., 0].mT
 
 
 class GraphConv(nn.Module):
-    """x -> W (A / rowsum A) x, A learnt, the identity at first (HOPE-Net, as in the authors' code)."""
+    """x -> W (A / rowsum A) x, A learnt, at first the identity (HOPE-Net, as the authors' code)."""
 
     def __init__(self, D: int, out: int):
         super().__init__()
-        self.A, self.fc = nn.Parameter(torch.eye(N_JOINTS)), nn.Linear(D, out)
+        self.A = nn.Parameter(torch.eye(N_JOINTS))
+        self.fc = nn.Linear(D, out)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc((self.A / (self.A.sum(1, keepdim=True) + 1e-5)) @ x)
@@ -318,7 +371,9 @@ class Graph(nn.Module):
 
     def __init__(self, D: int, out: int):
         super().__init__()
-        self.norm, self.first, self.second = nn.LayerNorm(D), GraphConv(D, D), GraphConv(D, out)
+        self.norm = nn.LayerNorm(D)
+        self.first = GraphConv(D, D)
+        self.second = GraphConv(D, out)
 
     def forward(self, x: Tensor, keep: Tensor | None) -> Tensor:
         x = F.leaky_relu(self.first(self.norm(x)), 0.1)
@@ -327,23 +382,24 @@ class Graph(nn.Module):
 
 
 class Attention(nn.Module):
-    """F_t: self-attention over V x J tokens and an MLP, each with its residual: (B, T, D) -> same."""
+    """F_t: self-attention over T = V x J tokens, then an MLP, each with its residual."""
 
     def __init__(self, D: int, heads: int = HEADS):
         super().__init__()
-        inner, self.heads = D // heads * heads, heads
+        self.heads = heads
+        inner = D // heads * heads                             # D need not be a multiple of heads
         self.norm, self.norm_mlp = nn.LayerNorm(D, 1e-6), nn.LayerNorm(D, 1e-6)
         self.q, self.k, self.v = (nn.Linear(D, inner) for _ in range(3))
         self.out = nn.Linear(inner, D)
         self.mlp = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D))
 
     def forward(self, x: Tensor, see: Tensor) -> Tensor:
-        """`see` (B, T, T) bool: which tokens a token may attend to."""
-        y = self.norm(x)
-        split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        q, k, v = (split(f(y)) for f in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v, see[:, None]).transpose(1, 2).flatten(2)
-        x = x + self.out(y)
+        """(B, T, D) -> the same; `see` (B, T, T) bool: which tokens a token may attend to."""
+        normed = self.norm(x)
+        q, k, v = (layer(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for layer in (self.q, self.k, self.v))                # (B, heads, T, D / heads)
+        mixed = F.scaled_dot_product_attention(q, k, v, see[:, None])
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm_mlp(x))
 
 
@@ -373,9 +429,11 @@ class Interaction(nn.Module):
     C, c3: channels of H4 and of H1..H3 together; cells: positions of H4; maps: SAIGB's of a joint.
     """
 
-    def __init__(self, C: int, c3: int, cells: int, variant: tuple[str, ...] = (), maps: int = MAPS):
+    def __init__(self, C: int, c3: int, cells: int, variant: tuple[str, ...] = (),
+                 maps: int = MAPS):
         super().__init__()
-        wide, self.local = N_JOINTS * LOCATION, "no-g3" not in variant
+        self.local = "no-g3" not in variant
+        wide = N_JOINTS * LOCATION
         self.G1 = None if "no-g1" in variant else nn.Sequential(
             nn.Linear(N_JOINTS * 3 + 90, wide), nn.LeakyReLU(0.1), nn.Linear(wide, wide))
         self.G2 = None if "no-g2" in variant else nn.Sequential(
@@ -385,9 +443,9 @@ class Interaction(nn.Module):
             raise UserError(
                 "--variant no-g1 no-g2 no-g3: the cross-view network is left without an input")
         self.blocks = nn.ModuleList(Block(self.D, variant) for _ in range(BLOCKS))
-        self.fuse = Graph(self.D, 32)
-        wide = 32 * N_JOINTS
-        self.F_r = nn.Sequential(nn.Linear(wide, wide), nn.LeakyReLU(0.1), nn.Linear(wide, 109))
+        self.fuse = Graph(self.D, LAST)
+        flat = LAST * N_JOINTS
+        self.F_r = nn.Sequential(nn.Linear(flat, flat), nn.LeakyReLU(0.1), nn.Linear(flat, 109))
         nn.init.zeros_(self.F_r[-1].weight)
         _begin(*(self.F_r[-1].bias[part] for part in (POSE, SHAPE, CAMERA)))
 
@@ -405,7 +463,8 @@ class Interaction(nn.Module):
         """Of the N pictures that are there, ok (B, V) -> pose, (ten unused), camera, (N, 109)."""
         G = pad(self.features(H4, G3, uvd, six_d), ok)
         for k, block in enumerate(self.blocks):
-            G = block(G, draws.see[k], draws.shared[k], None if draws.keep is None else draws.keep[k])
+            keep = None if draws.keep is None else draws.keep[k]
+            G = block(G, draws.see[k], draws.shared[k], keep)
         C = self.fuse(G[ok], None if draws.keep is None else draws.keep[BLOCKS][ok])
         with torch.autocast(G.device.type, enabled=False):
             return self.F_r(C.to(torch.promote_types(C.dtype, torch.float32)).flatten(1))
@@ -425,18 +484,23 @@ class HaMuCo(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.size, self.calibrated = cfg.image_size, cfg.calibration == "known"
+        self.size = cfg.image_size
+        self.calibrated = cfg.calibration == "known"
         self.backbone = build_backbone(cfg.backbone, cfg.image_size)
-        self.backbone.eval()
-        with torch.no_grad():
-            shapes = [H.shape[1:] for H in self.backbone(torch.zeros(1, 3, self.size, self.size))]
-        self.train()
         self.heads = Heads(self.backbone.dim)
         alone = {"single-view", "no-dcvi"} & set(cfg.variant)
-        self.interaction = None if alone else Interaction(
-            self.backbone.dim, sum(C for C, *_ in shapes[:3]), shapes[3][1] * shapes[3][2], cfg.variant)
+        self.interaction = None if alone else self._interaction(cfg.variant)
         self.regressed = data_name(cfg.data[0]) != "synthetic"                          # (17)
         self.mano = Mano(user_hand(cfg.mano)[0], "graphormer" if self.regressed else "smplx")
+
+    def _interaction(self, variant: tuple[str, ...]) -> Interaction:
+        """CVI-Net for the encoder's maps, whose sizes a look at one black picture gives."""
+        self.backbone.eval()                                   # BatchNorm must not count that look
+        with torch.no_grad():
+            maps = self.backbone(torch.zeros(1, 3, self.size, self.size))
+        self.backbone.train()
+        local = sum(H.shape[1] for H in maps[:3])
+        return Interaction(self.backbone.dim, local, maps[3][0, 0].numel(), variant)
 
     def forward(self, pictures: Tensor, ok: Tensor, draws: Draws) -> tuple[Hand, Hand | None]:
         """(B, V, 3, S, S), (B, V) bool -> M and M* (None without the network), N pictures each."""
@@ -466,35 +530,43 @@ class HaMuCo(nn.Module):
         return Hand(*coordinates(verts, joints, camera), theta, beta, camera, R)
 
     def predict(self, batch: dict) -> dict[str, dict[str, Tensor]]:
-        """{"image", "view_ok", "cameras"} -> single, interaction, fusion: joints (B, V, 21, 3) and
-        verts m in camera axes, rooted at the middle MCP, uv px of image; pose and shape but of fusion.
+        """{"image", "view_ok", "cameras"} -> single, interaction (if there is one) and fusion.
 
-        NaN where a view is missing. Without the axis V for a batch without it; cameras may be absent.
+        Each has joints (B, V, 21, 3) and verts (B, V, 778, 3) m in camera axes, rooted at the
+        middle MCP, and uv (B, V, 21, 2) px of image; all but fusion also pose (B, V, 16, 3, 3) and
+        shape (B, V, 10). NaN where a view is missing. A batch of single pictures (B, 3, S, S) gives
+        them without the axis V. Without cameras, hands are fused by Procrustes.
         """
-        single_pictures, batch = batch["image"].dim() == 4, as_views(batch)
-        ok, (crops, A) = batch["view_ok"], hand_view(batch["image"], self.size)
+        single_pictures = batch["image"].dim() == 4
+        batch = as_views(batch)
+        ok = batch["view_ok"]
+        crops, A = hand_view(batch["image"], self.size)
         with autocast(crops.device):
-            hands = self(crops, ok, quiet(ok))
-        out = {name: self._named(hand, ok, A)
-               for name, hand in zip(("single", "interaction"), hands) if hand is not None}
-        best = hands[1] or hands[0]
-        R = batch.get("cameras", None) if self.calibrated else None
-        moved = align(pad(best.xyz, ok), None if R is None else view_rotations(R, ok))
-        fused = fuse(moved, ok)
+            M, M_star = self(crops, ok, quiet(ok))
+        best = M if M_star is None else M_star
+        out = {"single": self._named(M, ok, A)}
+        if M_star is not None:
+            out["interaction"] = self._named(M_star, ok, A)
+        known = self.calibrated and "cameras" in batch
+        R = view_rotations(batch["cameras"], ok) if known else None
+        fused = fuse(align(pad(best.xyz, ok), R), ok)
         camera = pad(best.camera, ok)[:, :, None]
-        uv = 2 * SPAN * camera[..., :1].relu() * fused[..., JOINTS, :2] + camera[..., 1:]
+        uv = to_crop(camera) * fused[..., JOINTS, :2] + camera[..., 1:]
         out["fusion"] = self._placed(fused[ok], uv[ok], ok, A)
         if single_pictures:
-            out = {name: {key: x[:, 0] for key, x in hand.items()} for name, hand in out.items()}
+            return {name: {key: x[:, 0] for key, x in hand.items()} for name, hand in out.items()}
         return out
 
     def _named(self, hand: Hand, ok: Tensor, A: Tensor) -> dict[str, Tensor]:
-        return self._placed(hand.xyz, hand.uv[:, JOINTS], ok, A) | {
-            "pose": pad(hand.R.float(), ok, math.nan), "shape": pad(hand.beta.float(), ok, math.nan)}
+        """A network's hand as `predict` returns it; A (1, 3, 3) stored picture -> crop."""
+        pose, shape = (pad(x.float(), ok, math.nan) for x in (hand.R, hand.beta))
+        return self._placed(hand.xyz, hand.uv[:, JOINTS], ok, A) | {"pose": pose, "shape": shape}
 
     def _placed(self, xyz: Tensor, uv: Tensor, ok: Tensor, A: Tensor) -> dict[str, Tensor]:
-        xyz, uv = SPAN * xyz, transform(invert(A), to_px(uv, self.size))
-        found = {"joints": xyz[:, JOINTS], "verts": xyz[:, :N_VERTS], "uv": uv}
+        """Points (N, P, 3), (N, J, 2) in the network's units -> m and px of the stored picture."""
+        metres = SPAN * xyz
+        pixels = transform(invert(A), to_px(uv, self.size))
+        found = {"joints": metres[:, JOINTS], "verts": metres[:, :N_VERTS], "uv": pixels}
         return {name: pad(x, ok, math.nan) for name, x in found.items()}
 
 
@@ -503,13 +575,14 @@ def build(cfg: Config) -> HaMuCo:
     return HaMuCo(cfg)
 
 
-# ---- Alignment and losses (Sec. 3.2.3) ------------------------------------------------------------
+# ---- Alignment and losses (Sec. 3.2.3) -----------------------------------------------------------
 
 
 def view_rotations(cameras: Tensor, ok: Tensor, angle: Tensor | None = None) -> Tensor:
-    """World to camera (B, V, 4, 4) -> rotations (B, V, 3, 3) of pictures turned by `angle` (B, V) rad.
+    """World to camera (B, V, 4, 4) -> rotations (B, V, 3, 3) of pictures turned by `angle` (B, V).
 
     The identity where a view is missing; NaN for the whole moment where one that is there has none.
+    A picture turned by an angle (rad) is what the camera sees when it turns about its optical axis.
     """
     eye = torch.eye(3, device=cameras.device, dtype=cameras.dtype)
     R = torch.where(ok[..., None, None], cameras[..., :3, :3], eye)
@@ -520,8 +593,11 @@ def view_rotations(cameras: Tensor, ok: Tensor, angle: Tensor | None = None) -> 
 def best_rotation(K: Tensor) -> Tensor:
     """The rotation R that maximises tr(R K), K (..., 3, 3) = sum source target^T -> (..., 3, 3).
 
-    Value by a singular value decomposition; the derivative by the implicit function theorem, which
-    also holds where singular values coincide: turning by w changes tr(R K) by g . w - w^T H w / 2.
+    Its value comes from a singular value decomposition, as a constant. Its derivative comes from
+    the implicit function theorem, which also holds where singular values coincide and that of the
+    decomposition is infinite: a further small turn w (rad) changes tr(R K) by g . w - w^T H w / 2,
+    so the best one is w = H^-1 g. At R that is 0 (no turn improves the best), but g moves with K,
+    and so does w: adding w's turn to R leaves its value and gives it its derivative.
     """
     with torch.no_grad():
         U, _, Vh = torch.linalg.svd(K)
@@ -534,17 +610,18 @@ def best_rotation(K: Tensor) -> Tensor:
     fixed, eye = P.detach(), torch.eye(3, dtype=K.dtype, device=K.device)
     trace = fixed.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     H = (trace + (trace <= 0) + 1e-12 * trace.abs()) * eye - (fixed + fixed.mT) / 2
-    x, y, z = torch.linalg.solve(H, g).unbind(-1)                       # 0, but for its derivative
+    x, y, z = torch.linalg.solve(H, g).unbind(-1)
     zero = torch.zeros_like(x)
     W = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
     return R + W @ R
 
 
 def align(x: Tensor, R: Tensor | None) -> Tensor:
-    """A: hands x (B, V, P, 3) -> (B, V, V, P, 3), where [:, i, j] is view j's hand as view i has it.
+    """A: hands x (B, V, P, 3) -> (B, V, V, P, 3): [:, i, j] is view j's hand as view i has it.
 
-    A similarity: rotation R_i R_j^T from R (B, V, 3, 3), or the best one where R is None or NaN; then
-    the best scale and translation onto view i's own hand. A missing view is a hand of zeros.
+    A similarity (2): rotation R_i R_j^T from R (B, V, 3, 3), or the best one where R is None or
+    NaN; then the best scale and translation onto view i's own hand. A missing view is a hand of
+    zeros.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     mu = x.mean(2, keepdim=True)
@@ -561,21 +638,24 @@ def align(x: Tensor, R: Tensor | None) -> Tensor:
 
 
 def fuse(aligned: Tensor, ok: Tensor) -> Tensor:
-    """M~ as every view has it, Sec. 3.2.3: the mean over views j that are there, -> (B, V, P, 3)."""
+    """M~ as every view has it, Sec. 3.2.3: the mean over views j that are there: (B, V, P, 3)."""
     w = ok.to(aligned.dtype)
     return torch.einsum("bijpa,bj->bipa", aligned, w) / w.sum(1).clamp(min=1)[:, None, None, None]
 
 
 def mean_where(error: Tensor, ok: Tensor) -> Tensor:
-    """Mean of errors (B, V, ...) or (B, V, V, ...) over the views that are there, ok of B, V[, V]."""
-    error = error.flatten(ok.dim()).mean(-1) if error.dim() > ok.dim() else error
+    """Mean of errors (B, V, ...) or (B, V, V, ...) over views that are there, ok (B, V[, V])."""
+    error = error.flatten(ok.dim()).mean(-1)
     return torch.where(ok, error, 0).sum() / ok.sum().clamp(min=1)
 
 
 def loss_c2d(aligned: Tensor, x: Tensor, ok: Tensor, scale: Tensor | None = None) -> Tensor:
-    """L_c2D, Sec. 3.2.3: x and y of view i's hand are the label of all others (3).
+    """L_c2D, Sec. 3.2.3: x and y of view i's hand are the label of every view j's, j = i too (3).
 
-    `scale` (B, V): px of a unit in each view, to compare projections.
+    aligned as `align` gives it, x (B, V, P, 3), ok (B, V). `scale` (B, V): `to_crop` of each view,
+    to compare projections. Of the gradient: the label is a constant, but view i's hand is also what
+    A_i fits the others to, so through the fitted scale and place (and the rotation, where it is not
+    known) a gradient still reaches view i; the authors' code does the same.
     """
     error = (aligned[..., :2] - x[:, :, None, :, :2].detach()).abs()
     error = error if scale is None else error * scale[:, :, None, None, None]
@@ -583,15 +663,21 @@ def loss_c2d(aligned: Tensor, x: Tensor, ok: Tensor, scale: Tensor | None = None
 
 
 def loss_cf(aligned: Tensor, x: Tensor, ok: Tensor) -> Tensor:
-    """L_cf, Sec. 3.2.3, and with single-view hands x also L_d: |x_i - A_i^-1(M~)|, M~ as a label."""
+    """L_cf, Sec. 3.2.3: |M*_i - A_i^-1(M~)|, the fused hand as a constant label of every view's."""
     return mean_where((fuse(aligned, ok).detach() - x).abs(), ok)
 
 
+def loss_d(aligned: Tensor, single: Tensor, ok: Tensor) -> Tensor:
+    """L_d, Sec. 3.2.3: |M_i - A_i^-1(M~)|, the same label for the single-view network's hands."""
+    return mean_where((fuse(aligned, ok).detach() - single).abs(), ok)
+
+
 def loss_2d(uv: Tensor, target: Tensor, c: Tensor, ok: Tensor) -> Tensor:
-    """L_2D: L1 of joints (B, V, J, 2) in [-1, 1], weighted by the labels' confidence c (B, V, J)."""
-    assert uv.shape == target.shape, (uv.shape, target.shape)              # or all pairs would be compared
+    """L_2D: L1 of joints (B, V, J, 2) in [-1, 1], weighted by the labels' confidence (B, V, J)."""
+    assert uv.shape == target.shape, (uv.shape, target.shape)     # or all pairs would be compared
+    label = torch.where(c[..., None] > 0, target, 0)
     uv = uv.to(torch.promote_types(uv.dtype, torch.float32))
-    return mean_where((c[..., None] * (uv - torch.where(c[..., None] > 0, target, 0))).abs(), ok)
+    return mean_where((c[..., None] * (uv - label)).abs(), ok)
 
 
 def loss_3d(xyz: Tensor, target: Tensor, ok: Tensor) -> Tensor:
@@ -600,8 +686,10 @@ def loss_3d(xyz: Tensor, target: Tensor, ok: Tensor) -> Tensor:
     return torch.where(known, xyz - target.nan_to_num(), 0).abs().sum() / known.sum().clamp(min=1)
 
 
-# ---- Triangulation (Sec. 4.3.2) -------------------------------------------------------------------
-# Points (..., V, 2) px of one joint in V views, P (..., V, 3, 4) = K [R t]. All in float64, batched.
+# ---- Triangulation (Sec. 4.3.2) ------------------------------------------------------------------
+# Points (..., V, 2) px of one joint in V views, P (..., V, 3, 4) = K [R t]. All float64, batched.
+
+RANSAC_PX, HUBER_PX = 30.0, 2.0             # limits on a 256 px crop (15; theirs: 15 and 1 HALF px)
 
 
 def projections(K: Tensor, cameras: Tensor) -> Tensor:
@@ -613,13 +701,14 @@ def triangulate(uv: Tensor, P: Tensor, weight: Tensor | None = None) -> Tensor:
     """DLT: (..., V, 2), (..., V, 3, 4), weights (..., V) of both rows of a view -> (..., 3).
 
     The last right-singular vector of the rows u P3 - P1, v P3 - P2, as the smallest eigenvector of
-    their 4x4 normal matrix. NaN where fewer than two views have a finite point and a weight above 0.
+    their 4x4 normal matrix. NaN where fewer than two views have a finite point of weight above 0.
     """
     uv, P = uv.double(), P.double()
-    rows = uv[..., None] * P[..., 2:, :] - P[..., :2, :]                               # (..., V, 2, 4)
+    rows = uv[..., None] * P[..., 2:, :] - P[..., :2, :]                            # (..., V, 2, 4)
     used = rows.sum((-2, -1)).isfinite()
     if weight is not None:
-        rows, used = rows * weight.double()[..., None, None], used & (weight > 0)
+        rows = rows * weight.double()[..., None, None]
+        used = used & (weight > 0)
     if not used.all():                                     # the common case needs no further pass
         rows = torch.where(used[..., None, None], rows, 0)
     rows = rows.flatten(-3, -2)
@@ -633,24 +722,25 @@ def reproject(X: Tensor, P: Tensor) -> Tensor:
     return x[..., :2] / x[..., 2:]
 
 
-def ransac(uv: Tensor, P: Tensor, ok: Tensor, pairs: Tensor | None = None, limit: float = 15.0
-           ) -> tuple[Tensor, Tensor]:
-    """RANSAC over pairs of views (15): (..., V, 2), (..., V, 3, 4), ok (..., V) -> X (..., 3), inliers.
+def ransac(uv: Tensor, P: Tensor, ok: Tensor, pairs: Tensor | None = None,
+           limit: float = RANSAC_PX) -> tuple[Tensor, Tensor]:
+    """RANSAC over pairs of views (15): (..., V, 2), (..., V, 3, 4), ok (..., V) -> X, inliers.
 
-    pairs (n, 2) or (..., n, 2), by default all. Of each pair's DLT, views nearer than `limit` in HALF
-    px, and the pair itself, agree; the first largest set is triangulated. NaN with under two views.
+    pairs (n, 2) or (..., n, 2), by default all. Of each pair's DLT, views nearer than `limit` px,
+    and the pair itself, agree; the first largest set is triangulated: X (..., 3), inliers (..., V),
+    NaN and none with fewer than two views.
     """
     uv, P, V = uv.double(), P.double(), uv.shape[-2]
     ok = ok & uv.isfinite().all(-1) & P.isfinite().all(-1).all(-1)
     if pairs is None:
         pairs = torch.tensor(list(itertools.combinations(range(V), 2)), dtype=torch.long,
                              device=uv.device).view(-1, 2)
-    member = F.one_hot(pairs, V).any(-2) & ok[..., None, :]                            # (..., n, V)
+    member = F.one_hot(pairs, V).any(-2) & ok[..., None, :]                          # (..., n, V)
     whole = member.sum(-1) == 2
     if not member.shape[-2]:
-        return torch.full_like(uv[..., 0, :1].expand(*uv.shape[:-2], 3), math.nan), torch.zeros_like(ok)
+        return uv.new_full((*uv.shape[:-2], 3), math.nan), torch.zeros_like(ok)
     X = triangulate(uv[..., None, :, :], P[..., None, :, :, :], member)
-    near = (reproject(X, P[..., None, :, :, :]) - uv[..., None, :, :]).norm(dim=-1) / 2 < limit
+    near = (reproject(X, P[..., None, :, :, :]) - uv[..., None, :, :]).norm(dim=-1) < limit
     agree = (near & ok[..., None, :] | member) & whole[..., None]
     best = agree.sum(-1).argmax(-1)[..., None, None].expand(*agree.shape[:-2], 1, V)
     inliers = agree.gather(-2, best)[..., 0, :]
@@ -658,29 +748,31 @@ def ransac(uv: Tensor, P: Tensor, ok: Tensor, pairs: Tensor | None = None, limit
 
 
 def refine(X: Tensor, uv: Tensor, P: Tensor, ok: Tensor, offset: Tensor | float = 0.0,
-           delta: float = 1.0, steps: int = 60) -> Tensor:
-    """Robust refinement: X (..., 3) minimises the sum over views of Huber(|HALF px of error|, delta).
+           delta: float = HUBER_PX, steps: int = 60) -> Tensor:
+    """Robust refinement: X (..., 3) minimises the sum over views of Huber(|error in px|, delta).
 
     (..., N, 2), (..., N, 3, 4), ok (..., N); `offset` (..., N, 3) moves X in each term. Damped
     Gauss-Newton with Huber's weights, so it ends in the minimum that any other solver finds.
     """
-    lost = ~X.isfinite().all(-1, keepdim=True)                             # fewer than two views: stays NaN
-    ok, X = ok & ~lost, X.masked_fill(lost, 0.0)
+    lost = ~X.isfinite().all(-1, keepdim=True)                # fewer than two views: X stays NaN
+    ok = ok & ~lost
+    X = X.double().masked_fill(lost, 0.0)
     uv = torch.where(ok[..., None], uv.double(), 0)
     P = torch.where(ok[..., None, None], P.double(), 0)
-    eye, damping = torch.eye(3, dtype=uv.dtype, device=uv.device), torch.full_like(uv[..., 0, 0], 1e-3)
+    eye = torch.eye(3, dtype=uv.dtype, device=uv.device)
+    damping = torch.full_like(uv[..., 0, 0], 1e-3)
 
     def look(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Errors (..., N, 2) px, their derivative by X (..., N, 2, 3), their lengths (..., N)."""
         x = (P[..., :3] @ (X[..., None, :] + offset)[..., None])[..., 0] + P[..., 3]
         z = torch.where(ok, x[..., 2], 1)[..., None]
-        r = torch.where(ok[..., None], (x[..., :2] / z - uv) / 2, 0)
-        J = (P[..., :2, :3] - (x[..., :2] / z)[..., None] * P[..., 2:, :3]) / (2 * z[..., None])
+        r = torch.where(ok[..., None], x[..., :2] / z - uv, 0)
+        J = (P[..., :2, :3] - (x[..., :2] / z)[..., None] * P[..., 2:, :3]) / z[..., None]
         return r, J, r.norm(dim=-1)
 
     def cost(d: Tensor) -> Tensor:
         return torch.where(d <= delta, d * d, 2 * delta * d - delta ** 2).sum(-1)
 
-    X = X.double()
     r, J, d = look(X)
     for _ in range(steps):
         w = (delta / d.clamp(min=delta))[..., None] * ok[..., None]
@@ -689,25 +781,28 @@ def refine(X: Tensor, uv: Tensor, P: Tensor, ok: Tensor, offset: Tensor | float 
         scale = damping[..., None, None] * H.diagonal(dim1=-2, dim2=-1)[..., None] + 1e-12
         step = torch.linalg.solve(H.nan_to_num() + scale.nan_to_num(nan=1.0) * eye, g.nan_to_num())
         r_new, J_new, d_new = look(X - step)
-        good = cost(d_new) <= cost(d)
-        damping = torch.where(good, damping / 10, damping * 10).clamp(1e-15, 1e9)
-        wide = lambda x: good.view(*good.shape, *[1] * (x.dim() - good.dim()))
-        pick = lambda new, old: torch.where(wide(new), new, old)
-        X, r, J, d = pick(X - step, X), pick(r_new, r), pick(J_new, J), pick(d_new, d)
+        good = (cost(d_new) <= cost(d))[..., None]
+        damping = torch.where(good[..., 0], damping / 10, damping * 10).clamp(1e-15, 1e9)
+        X = torch.where(good, X - step, X)
+        d = torch.where(good, d_new, d)
+        r = torch.where(good[..., None], r_new, r)
+        J = torch.where(good[..., None, None], J_new, J)
     return X.masked_fill(lost, math.nan)
 
 
-def opt_center(joints: Tensor, uv: Tensor, P: Tensor, ok: Tensor, delta: float = 1.0) -> Tensor:
+def opt_center(joints: Tensor, uv: Tensor, P: Tensor, ok: Tensor,
+               delta: float = HUBER_PX) -> Tensor:
     """Opt-Center, Sec. 4.3.2 (15): where a rigid hand must stand to be seen at uv, -> (B, 3) m.
 
     joints (B, J, 3) m in world axes, uv (B, V, J, 2) px, P (B, V, 3, 4), ok (B, V).
     """
-    (V, J), every = uv.shape[1:3], ok[..., None].expand(-1, -1, uv.shape[2])
+    V, J = uv.shape[1:3]
+    every = ok[..., None].expand(-1, -1, J)
     alone = triangulate(uv.transpose(1, 2), P[:, None], every.transpose(1, 2))
     first = (alone - joints).nanmedian(1).values
-    joints = joints.double()[:, None].expand(-1, V, -1, -1).flatten(1, 2)
-    return refine(first, uv.flatten(1, 2), P[:, :, None].expand(-1, -1, J, -1, -1).flatten(1, 2),
-                  every.flatten(1), joints, delta)
+    offset = joints.double()[:, None].expand(-1, V, -1, -1).flatten(1, 2)             # (B, V J, 3)
+    P = P[:, :, None].expand(-1, -1, J, -1, -1).flatten(1, 2)
+    return refine(first, uv.flatten(1, 2), P, every.flatten(1), offset, delta)
 
 
 def to_cameras(X: Tensor, cameras: Tensor) -> Tensor:
@@ -724,17 +819,18 @@ def place_fused(prediction: dict[str, dict[str, Tensor]], batch: dict, size: int
     The 2D predictions are the interaction's; `size` of the network's crop, to which limits belong.
     Where the rig's unit of length is not known (scale NaN), no hand of known size can be placed.
     """
-    ok, M = batch["view_ok"], batch["cameras"]
-    P, uv = projections(batch["K"], M), prediction.get("interaction", prediction["single"])["uv"]
-    world = prediction["fusion"]["joints"] @ M[..., :3, :3]                            # R^T x
-    shape = world.nanmean(1).double()
-    centre = opt_center(shape, uv, P, ok, size / 256)
-    fixed = to_cameras(shape + centre[:, None], M)
+    ok, K, M = batch["view_ok"], batch["K"], batch["cameras"]
+    P = projections(K, M)
+    uv = prediction.get("interaction", prediction["single"])["uv"]
     free = to_cameras(triangulate_robustly(uv, P, ok, size)[0], M)
-    out = {"fusion_center": in_camera(fixed, batch["K"]), "fusion_ransac": in_camera(free, batch["K"])}
+    placed = {"fusion_ransac": in_camera(free, K)}
     if batch["scale"][ok].isnan().any():
-        del out["fusion_center"]
-    return out
+        return placed
+    world = prediction["fusion"]["joints"] @ M[..., :3, :3]                             # R^T x
+    shape = world.nanmean(1).double()
+    centre = opt_center(shape, uv, P, ok, of_crop(HUBER_PX, size))
+    fixed = to_cameras(shape + centre[:, None], M)
+    return {"fusion_center": in_camera(fixed, K)} | placed
 
 
 def in_camera(joints: Tensor, K: Tensor) -> dict[str, Tensor]:
@@ -743,13 +839,16 @@ def in_camera(joints: Tensor, K: Tensor) -> dict[str, Tensor]:
 
 
 def triangulate_robustly(uv: Tensor, P: Tensor, ok: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """RANSAC, then Huber on the inliers: uv (B, V, J, 2), P (B, V, 3, 4), ok (B, V) -> twice (B, J, 3).
+    """RANSAC, then Huber on the inliers: uv (B, V, J, 2) px, P (B, V, 3, 4), ok (B, V).
 
-    First the refined points, then those of RANSAC alone. Limits are 30 and 2 px of a 256 px crop.
+    `size` of the network's crop, to which limits belong. Returns (B, J, 3) twice: the refined
+    points, and those of RANSAC alone.
     """
-    uv, P = uv.transpose(1, 2), P[:, None].expand(-1, uv.shape[2], -1, -1, -1)
-    X, inliers = ransac(uv, P, ok[:, None].expand(uv.shape[:3]), limit=15 * size / 256)
-    return refine(X, uv, P, inliers, delta=size / 256), X
+    by_joint = uv.transpose(1, 2)                                                   # (B, J, V, 2)
+    P = P[:, None].expand(-1, by_joint.shape[1], -1, -1, -1)
+    there = ok[:, None].expand(by_joint.shape[:3])
+    X, inliers = ransac(by_joint, P, there, limit=of_crop(RANSAC_PX, size))
+    return refine(X, by_joint, P, inliers, delta=of_crop(HUBER_PX, size)), X
 
 
 def project_views(joints: Tensor, K: Tensor) -> Tensor:
@@ -757,7 +856,7 @@ def project_views(joints: Tensor, K: Tensor) -> Tensor:
     return project(joints.flatten(0, 1), K.to(joints).flatten(0, 1)).unflatten(0, joints.shape[:2])
 
 
-# ---- Training -------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
 
 
 class Target(NamedTuple):
@@ -774,74 +873,87 @@ def targets(batch: dict, view: View, cfg: Config) -> Target:
     if cfg.supervision == "labels2d":
         label, c = batch["uv_label"], batch["confidence"]
     if cfg.supervision == "triangulated":
-        P, uv = projections(batch["K"], batch["cameras"]), batch["uv_label"].transpose(1, 2)
+        P = projections(batch["K"], batch["cameras"])
         weight = batch["confidence"] * batch["view_ok"][..., None]
-        X = triangulate(uv, P[:, None], weight.transpose(1, 2))
+        X = triangulate(batch["uv_label"].transpose(1, 2), P[:, None], weight.transpose(1, 2))
         xyz = to_cameras(X, batch["cameras"])
         label = project_views(xyz, batch["K"]).to(c.dtype)
     known = label.isfinite().all(-1)
     uv = to_unit(transform(view.A, torch.where(known[..., None], label, 0)), cfg.image_size)
     if cfg.supervision not in ("truth3d", "triangulated"):
         return Target(uv, c * known, None)
-    xyz = (xyz - xyz[:, :, MIDDLE_MCP, None]) / SPAN
-    xyz = torch.where(batch["scale"].isnan()[..., None, None], math.nan, xyz)          # a rig without a unit
-    xyz = rotate_z(view.angle.flatten(), xyz.flatten(0, 1)).view_as(xyz)
-    return Target(uv, c * known, xyz.to(c.dtype))
+    rooted = (xyz - xyz[:, :, MIDDLE_MCP, None]) / SPAN
+    no_unit = batch["scale"].isnan()[..., None, None]        # a rig that does not say its unit
+    rooted = torch.where(no_unit, math.nan, rooted)
+    turned = rotate_z(view.angle.flatten(), rooted.flatten(0, 1)).view_as(rooted)
+    return Target(uv, c * known, turned.to(c.dtype))
 
 
 def lr_at(step: int, cfg: Config, steps: int) -> float:
-    """Rate at a step, `steps` to an epoch: a cosine to 0; in --mask-epochs again, from a tenth (10)."""
-    epochs, lr = cfg.epochs, cfg.lr
+    """Rate at a step, `steps` to an epoch: a cosine to 0; in --mask-epochs a second one (10)."""
+    peak, first, epochs = cfg.lr, 0, cfg.epochs
     if step >= cfg.epochs * steps:
-        step, epochs, lr = step - cfg.epochs * steps, cfg.mask_epochs, cfg.lr / 10
-    return lr * 0.5 * (1 + math.cos(math.pi * step / max(1, epochs * steps)))
+        peak, first, epochs = cfg.lr / 10, cfg.epochs * steps, cfg.mask_epochs
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, epochs * steps)))
 
 
-def train_step(net: nn.Module, batch: dict, cfg: Config, epoch: int, step: int) -> dict[str, Tensor]:
-    """Sec. 3.2.3 for one micro-batch: the terms and their sum."""
-    model = net.module if hasattr(net, "module") else net
-    batch = as_views(batch)
-    ok, off = batch["view_ok"], set(cfg.variant)
+def train_step(net: nn.Module, batch: dict, cfg: Config, epoch: int,
+               step: int) -> dict[str, Tensor]:
+    """Sec. 3.2.3 for one micro-batch of moments: the terms and their sum.
+
+    `step` counts from the run's first: whether it is even decides which consistency loss acts (4).
+    """
+    model, off = unwrapped(net), set(cfg.variant)
+    ok = batch["view_ok"]
     pictures, view = make_views(batch, cfg, epoch)
-    D = model.interaction.D if model.interaction is not None else 0
-    draws = draw_masks(batch["index"], ok, D, cfg, epoch) if D else quiet(ok)
-    with autocast(pictures.device):                 # the network only: bfloat16 matrices miss pixels
+    draws = quiet(ok)
+    if model.interaction is not None:
+        draws = draw_masks(batch["index"], ok, model.interaction.D, cfg, epoch)
+    with autocast(pictures.device):                # the network only: bfloat16 matrices miss pixels
         M, M_star = net(pictures, ok, draws)
-    true, zero = targets(batch, view, cfg), M.xyz.new_zeros(())
     hands = [M] if M_star is None else [M, M_star]
-    L_2D = sum(loss_2d(pad(hand.uv[:, JOINTS], ok), true.uv, true.c, ok) for hand in hands)
-    L_p = cfg.alpha * (sum(hand.theta.abs().mean() for hand in hands) + cfg.gamma * M.beta.abs().mean())
-    L_3D = zero if true.xyz is None else sum(
-        loss_3d(pad(hand.xyz[:, JOINTS], ok), true.xyz, ok) for hand in hands)
-    L_c = L_d = zero
+    last = hands[-1]                                # what is fused: M where there is no M*
+    true = targets(batch, view, cfg)
+    L_c = L_d = L_3D = M.xyz.new_zeros(())
     if epoch >= cfg.warm_epochs and "single-view" not in off:
-        x = pad(hands[-1].xyz, ok)
-        known = cfg.calibration == "known" and "cameras" in batch
-        moved = align(x, view_rotations(batch["cameras"], ok, view.angle) if known else None)
-        flat = "no-cf" in off or ("no-c2d" not in off and step % 2 == 0)
-        scale = 2 * SPAN * pad(hands[-1].camera, ok)[..., 0].relu() if "projected-c2d" in off else None
-        if "no-c" not in off and not {"no-c2d", "no-cf"} <= off:
-            L_c = loss_c2d(moved, x, ok, scale) if flat else loss_cf(moved, x, ok)
+        x = pad(last.xyz, ok)
+        R = None
+        if cfg.calibration == "known" and "cameras" in batch:
+            R = view_rotations(batch["cameras"], ok, view.angle)
+        aligned = align(x, R)
+        if not off & {"no-c", "no-c2d"} and (step % 2 == 0 or "no-cf" in off):
+            scale = pad(to_crop(last.camera), ok)[..., 0] if "projected-c2d" in off else None
+            L_c = loss_c2d(aligned, x, ok, scale)
+        elif not off & {"no-c", "no-cf"}:
+            L_c = loss_cf(aligned, x, ok)
         if M_star is not None and "no-d" not in off:
-            L_d = loss_cf(moved, pad(M.xyz, ok), ok)
-    return {"loss": L_c + L_d + L_2D + L_p + L_3D, "L_c": L_c, "L_d": L_d, "L_2D": L_2D, "L_p": L_p,
-            "L_3D": L_3D}
+            L_d = loss_d(aligned, pad(M.xyz, ok), ok)
+    L_2D = sum(loss_2d(pad(hand.uv[:, JOINTS], ok), true.uv, true.c, ok) for hand in hands)
+    priors = sum(hand.theta.abs().mean() for hand in hands) + cfg.gamma * M.beta.abs().mean()
+    L_p = cfg.alpha * priors
+    if true.xyz is not None:
+        L_3D = sum(loss_3d(pad(hand.xyz[:, JOINTS], ok), true.xyz, ok) for hand in hands)
+    return {"loss": L_c + L_d + L_2D + L_p + L_3D,
+            "L_c": L_c, "L_d": L_d, "L_2D": L_2D, "L_p": L_p, "L_3D": L_3D}
 
 
-def train(cfg: Config, folder: Path, model: nn.Module, data: Any, device: torch.device,
+def train(cfg: Config, folder: Path, model: HaMuCo, data: Any, device: torch.device,
           labels: Tensor | None) -> None:
-    """The loop; `labels` (n, V, J, 2) px of image take the place of the data's, with confidence 1."""
-    steps, epochs = steps_per_epoch(len(data), cfg.batch_size), cfg.epochs + cfg.mask_epochs
+    """One round: the loop. OUT/train-ROW/last.pt has the weights at its end.
+
+    `labels` (n, V, J, 2) px of image take the place of the data's, with confidence 1 (11).
+    """
+    steps = steps_per_epoch(len(data), cfg.batch_size)
+    epochs = cfg.epochs + cfg.mask_epochs
     optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay), fused=True)
     net = parallel(model, device, cfg.compile)
     run = Run(folder, METHOD, cfg, model, optimizer, total=epochs * steps)
-    if epochs == 0:
-        run.save()
     for epoch in range(run.step // steps, epochs):
         model.train()
         for step, micro_batches in training_steps(data, cfg, epoch, run.step % steps, device):
+            rate = lr_at(run.step, cfg, steps)
             for group in optimizer.param_groups:
-                group["lr"] = lr_at(run.step, cfg, steps)
+                group["lr"] = rate
             sums: dict[str, Tensor] = {}
             for k, batch in enumerate(micro_batches, 1):
                 batch = as_views(batch)
@@ -851,18 +963,21 @@ def train(cfg: Config, folder: Path, model: nn.Module, data: Any, device: torch.
                 with accumulate(net, last=k == len(micro_batches)):
                     terms = train_step(net, batch, cfg, epoch, run.step)
                     (terms["loss"] / len(micro_batches)).backward()
-                sums = {n: sums.get(n, 0) + t.detach() / len(micro_batches) for n, t in terms.items()}
+                for name, term in terms.items():
+                    sums[name] = sums.get(name, 0) + term.detach() / len(micro_batches)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             average_buffers(model)
-            run.advance(sums, epoch, lr=group["lr"], may_save=step + 1 < steps)
+            run.advance(sums, epoch, lr=rate, may_save=step + 1 < steps)
         if cfg.quick and 2 * (epoch + 1) == epochs and rank() == 0:
             save_checkpoint(folder / "half.pt", cpu_state(model.backbone))
+        run.save()
+    if epochs == 0:                                        # released weights, as they are
         run.save()
 
 
 def open_rig(cfg: Config, split: str, device: torch.device, live: bool = False) -> Any:
-    """The moments of --data: views, label noise and the share --data-fraction of them."""
+    """The moments of --data, or of training the share --data-fraction of them."""
     rig = Rig(cfg.views, OUTLIERS if cfg.quick else 0.1, CROP / MARGIN)
     data = open_data(cfg, cfg.data, split, stored_side(cfg), MARGIN, device, live=live, rig=rig)
     if split == "train" and cfg.data_fraction < 1:
@@ -875,20 +990,18 @@ def open_rig(cfg: Config, split: str, device: torch.device, live: bool = False) 
 @torch.no_grad()
 def predict_labels(model: HaMuCo, data: Any, cfg: Config, device: torch.device) -> Tensor:
     """The interaction's 2D of every training moment, (n, V, J, 2) px of image, for a next round."""
-    model.eval()
-    parts, mine = [], torch.arange(len(data))[rank()::world()]
-    for batch in batches(data, [rows for rows in mine.split(64) if len(rows)], device, cfg.workers):
-        found = model.predict({key: batch[key] for key in model.USES if key in batch})
+    parts = []
+    for batch, found in predictions(model, data, cfg, device):
         uv = found.get("interaction", found["single"])["uv"]
-        parts.append({"uv": uv if uv.dim() == 4 else uv[:, None]})
+        parts.append({"uv": uv if batch["image"].dim() == 5 else uv[:, None]})
     return gather(parts, len(data))["uv"]
 
 
 def check_labels(data: Any, cfg: Config) -> None:
     """UserError where --supervision wants labels that the data set does not have.
 
-    A data set without noisy labels gives its true key points in their place: that would be no self-
-    supervision, so it is refused.
+    A data set without noisy labels gives its true key points in their place: learning from those
+    would be no self-supervision, so it is refused.
     """
     hands = [getattr(part, "hands", part) for part in getattr(data, "datasets", [getattr(data, "data", data)])]
     indices = [part.index for part in hands if hasattr(part, "index")]
@@ -896,43 +1009,52 @@ def check_labels(data: Any, cfg: Config) -> None:
         for index in indices:
             label = index.columns.get("uv_label")
             if label is None or not np.isfinite(label).any():
-                raise UserError(f"{index.name}: has no 2D labels below {index.root}; put them there (see README), or "
-                                "take --supervision truth2d or truth3d, which learn from annotations")
-    if cfg.supervision == "triangulated" and any("cameras" not in index.columns for index in indices):
+                raise UserError(f"{index.name}: has no 2D labels below {index.root}; put them there "
+                                "(see README), or take --supervision truth2d or truth3d, which "
+                                "learn from annotations")
+    if cfg.supervision == "triangulated" and any("cameras" not in i.columns for i in indices):
         raise UserError("--supervision triangulated: needs data with several calibrated cameras")
+
+
+def next_labels(file: Path, model: HaMuCo, data: Any, cfg: Config, device: torch.device) -> Tensor:
+    """What the next round learns from: `predict_labels`, kept in a file for --resume (11)."""
+    if not file.is_file():
+        labels = predict_labels(model, data, cfg, device)
+        if rank() == 0:
+            save_checkpoint(file, {"uv": labels})
+        barrier()
+    labels = load_checkpoint(file)["uv"]
+    if len(labels) != len(data):
+        raise UserError(f"{file}: holds labels of {len(labels):,} moments, the data are "
+                        f"{len(data):,}; a resumed run cannot change its data")
+    return labels
 
 
 def fit(cfg: Config, out: Path, row: str, device: torch.device) -> None:
     """All rounds of one row; writes OUT/train-ROW/final.pt, OUT/finetune.pt and OUT/backbone.pt."""
-    data, labels = open_rig(cfg, "train", device), None
+    data = open_rig(cfg, "train", device)
     check_labels(data, cfg)
     mean = mean_hand(EachView(data, labels=True))
+    epochs = cfg.epochs + cfg.mask_epochs
+    labels = None
     for k in range(1, cfg.rounds + 1):
         folder = out / (f"train-{row}" + f"-{k}" * (k > 1))
         torch.manual_seed(cfg.seed)
         model = HaMuCo(cfg)
-        if cfg.init != "random":
-            say(load_backbone(model.backbone, cfg.init))
+        say("first weights of the encoder are random (18)" if cfg.init == "random"
+            else load_backbone(model.backbone, cfg.init))
         if rank() == 0:
             folder.mkdir(exist_ok=True)
             draw_views(folder, data, cfg, device)
         size = sum(p.numel() for p in model.parameters()) / 1e6
         say(f"training {folder.name} on {len(data):,} moments, {size:.1f} M parameters, "
-            f"{steps_per_epoch(len(data), cfg.batch_size)} steps an epoch, {cfg.epochs + cfg.mask_epochs} epochs")
-        if cfg.warm_epochs >= cfg.epochs + cfg.mask_epochs and "single-view" not in cfg.variant:
-            say(f"L_c and L_d stay off: --warm-epochs {cfg.warm_epochs} is not below --epochs {cfg.epochs}")
+            f"{steps_per_epoch(len(data), cfg.batch_size)} steps an epoch, {epochs} epochs")
+        if cfg.warm_epochs >= epochs and "single-view" not in cfg.variant:
+            say(f"L_c and L_d stay off: --warm-epochs {cfg.warm_epochs} is not below --epochs "
+                f"{cfg.epochs}")
         train(cfg, folder, model, data, device, labels)
         if k < cfg.rounds:
-            file = folder / "labels.pt"
-            if not file.is_file():
-                labels = predict_labels(model, data, cfg, device)
-                if rank() == 0:
-                    save_checkpoint(file, {"uv": labels})
-                barrier()
-            labels = load_checkpoint(file)["uv"]
-            if len(labels) != len(data):
-                raise UserError(f"{file}: holds labels of {len(labels):,} moments, the data are {len(data):,}; "
-                                "a resumed run cannot change its data")
+            labels = next_labels(folder / "labels.pt", model, data, cfg, device)
     if rank() == 0:
         content = {"method": METHOD, "row": row, "mean": mean, "cfg": dataclasses.asdict(cfg),
                    "epoch": cfg.epochs + cfg.mask_epochs, "model": cpu_state(model),
@@ -1202,7 +1324,7 @@ def draw_moments(path: Path, models: dict[str, HaMuCo], data: Any, errors: Tenso
     sheet(path, lines, titles, names, width=1200)
 
 
-# ---- CLI ------------------------------------------------------------------------------------------
+# ---- CLI -----------------------------------------------------------------------------------------
 
 
 def row_of(variant: tuple[str, ...]) -> str:
@@ -1217,10 +1339,11 @@ def checked(cfg: Config) -> Config:
     if cfg.finetune:
         raise UserError("--finetune: HaMuCo has one stage, training on 2D labels of --data")
     if cfg.label_fraction != 1:
-        raise UserError("--label-fraction: HaMuCo needs no labels; --data-fraction takes a part of the "
-                        "moments")
+        raise UserError("--label-fraction: HaMuCo needs no labels; --data-fraction takes a part of "
+                        "the moments")
     if cfg.supervision == "triangulated" and (cfg.calibration == "none" or cfg.views < 2):
-        raise UserError("--supervision triangulated: needs --calibration known and --views 2 or more")
+        raise UserError("--supervision triangulated: needs --calibration known and --views 2 or "
+                        "more")
     if cfg.rounds > 1 and cfg.supervision in ("truth2d", "truth3d"):
         raise UserError("--rounds: later rounds replace noisy labels, and --supervision "
                         f"{cfg.supervision} has none")
@@ -1236,8 +1359,8 @@ def checked(cfg: Config) -> Config:
 
 
 def stage_config(given: dict[str, Any], alone: bool = False) -> Config:
-    """The options of a training; with --quick those of the baseline, which is `alone`, are its own."""
-    if alone:                         # twice the epochs, since the full network goes on from its middle
+    """The options of a training, or of --quick's single-view baseline, which is trained `alone`."""
+    if alone:                     # twice the epochs, since the full network goes on from its middle
         whole = stage_config(given)
         given = given | dict(variant=("single-view",), rounds=1, mask_epochs=0,
                              epochs=2 * (whole.epochs + whole.mask_epochs))
@@ -1248,17 +1371,19 @@ def stage_config(given: dict[str, Any], alone: bool = False) -> Config:
 def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
     """One training, or with --quick the single-view baseline before it; then the report.
 
-    There the back-bone goes on from where the baseline's was after half of its epochs, in the place of
-    a long warm-up, so both have seen as many pictures in the end; --init says otherwise.
+    There the back-bone goes on from where the baseline's was after half of its epochs, in the place
+    of a long warm-up, so both have seen as many pictures in the end; --init says otherwise.
     """
     given = remember(out, recall(given | {"out": str(out)}))
-    cfg, names = stage_config(given), []
+    cfg = stage_config(given)
+    names = []
     if cfg.quick and "single-view" not in cfg.variant:
         baseline = stage_config(given, alone=True)
         names.append(row_of(baseline.variant))
         fit(baseline, out, names[0], device)
         half = out / f"train-{names[0]}" / "half.pt"
-        cfg = cfg if "init" in given or not half.is_file() else dataclasses.replace(cfg, init=str(half))
+        if "init" not in given and half.is_file():
+            cfg = dataclasses.replace(cfg, init=str(half))
     fit(cfg, out, row_of(cfg.variant), device)
     report(cfg, out, [*names, row_of(cfg.variant)], device)
 

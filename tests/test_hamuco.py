@@ -29,7 +29,7 @@ from sources.hanco import index_hanco
 from sources.pictures import undistort, undistort_picture
 from hamuco import (
     JOINTS, Attention, Config, Draws, Graph, HaMuCo, Heads, Interaction, View, align, best_rotation,
-    coordinates, draw_masks, fuse, loss_2d, loss_c2d, loss_cf, lr_at, opt_center, projections, quiet,
+    coordinates, draw_masks, fuse, loss_2d, loss_c2d, loss_cf, loss_d, lr_at, opt_center, projections, quiet,
     ransac, refine, reproject, sample_joints, targets, to_cameras, train_step, triangulate, view_rotations)
 
 TINY = dict(backbone="resnet10", image_size=32, batch_size=2, micro_batch=2, views=3, mano="builtin",
@@ -227,7 +227,7 @@ def loss_inputs(g):
 def test_losses_and_gradients_match_golden(g, name, term):
     single, star, R, ok = loss_inputs(g)
     aligned = align(star, R)
-    L_c, L_d = term(aligned, star, ok), loss_cf(aligned, single, ok)
+    L_c, L_d = term(aligned, star, ok), loss_d(aligned, single, ok)
     value = lambda key: float(g(f"loss/{name}/{key}"))
     assert float(L_c.detach()) == pytest.approx(value("L_mvc_mvf_0"), abs=1e-12)
     assert float(L_d.detach()) == pytest.approx(value("L_coord_xyz_dist_0"), abs=1e-12)
@@ -261,7 +261,7 @@ def test_alignment_without_calibration_is_gower_s(g):
     assert float(loss_c2d(aligned, x, ok)) == pytest.approx(0.0223529874, abs=1e-9)
     assert float(loss_cf(aligned, x, ok)) == pytest.approx(0.0193124914, abs=1e-9)
     single = g("loss/in/coord_xyz").unflatten(0, (2, 3))
-    assert float(loss_cf(aligned, single, ok)) == pytest.approx(0.0752236402, abs=1e-9)
+    assert float(loss_d(aligned, single, ok)) == pytest.approx(0.0752236402, abs=1e-9)
 
 
 def test_best_rotation_has_the_svd_s_derivative():
@@ -570,7 +570,7 @@ def test_ours_sv_has_no_cross_view_part_and_takes_single_pictures():
     many = grads_of(cfg, batch)[0]
     one = {k: v[:, 0] if isinstance(v, torch.Tensor) and k not in ("index", "cameras") else v for k, v in batch.items()
            if k not in ("view_ok", "cameras")}
-    alone = grads_of(cfg, one)[0]
+    alone = grads_of(cfg, hamuco.as_views(one))[0]
     assert float(alone["loss"]) == float(many["loss"]) and float(alone["L_c"]) == 0
     assert HaMuCo(cfg).interaction is None
 
