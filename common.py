@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import math
@@ -1066,18 +1067,20 @@ def summarise(scores: dict[str, Tensor]) -> tuple[dict[str, float], int, int]:
 
 
 SILENT = object()                                                    # the paper does not say
+STAGES = {"pretrain": "pre-training", "finetune": "fine-tuning"}
 
 
 def arg(default: Any, help: str, paper: Any = SILENT, ref: str = "", why: str = "",
         finetune: Any = SILENT, finetune_paper: Any = SILENT, finetune_why: str = "",
-        choices: Sequence[str] = ()) -> Any:
+        choices: Sequence[str] = (), stage: str = "") -> Any:
     """A Config field that carries the paper's value and where it stands.
 
     `why` must say why where `default` is not the paper's; `finetune` is the default of the second
-    stage where it has its own. `--help` prints all of it.
+    stage where it has its own. `stage`, "pretrain" or "finetune", is the one that uses the field,
+    where not both do: `settle` refuses the flag in the other. `--help` prints all of it.
     """
     note = dict(help=help, paper=paper, ref=ref, why=why, finetune=finetune, choices=choices,
-                finetune_paper=finetune_paper, finetune_why=finetune_why)
+                finetune_paper=finetune_paper, finetune_why=finetune_why, stage=stage)
     return dataclasses.field(default=default, metadata=note)
 
 
@@ -1090,7 +1093,8 @@ class Flags:
     out: str = arg("", "folder of the run (default runs/METHOD-DATA, numbered if taken)")
     init: str = arg("random", "first weights of the back-bone: random, or any checkpoint file")
     finetune: str = arg("", "fine-tune from --init on the labels of NAME[:PART][=DIR]")
-    label_fraction: float = arg(1.0, "share of the training labels used, nested subsets by seed")
+    label_fraction: float = arg(1.0, "share of the training labels used, nested subsets by seed",
+                                stage="finetune")
     samples: int = arg(32560, "length of the synthetic training set")
     backgrounds: str = arg("", "folder of pictures behind synthetic hands (default: procedural)")
     mano: str = arg("", "MANO_RIGHT.pkl or .npz (default: data/mano/MANO_RIGHT.pkl if there, else "
@@ -1129,7 +1133,7 @@ def _describe(field: dataclasses.Field, quick: dict[str, dict[str, Any]]) -> str
     values = {_shown(q[field.name]) for q in quick.values() if field.name in q}
     if values:
         parts.append(f"quick {' / '.join(sorted(values))}")
-    text = note["help"]
+    text = f"{STAGES[note['stage']]}: {note['help']}" if note["stage"] else note["help"]
     if note["choices"] and field.name != "variant":
         text += f": {', '.join(note['choices'])}"
     about = ". ".join(filter(None, parts))
@@ -1165,8 +1169,16 @@ def settle(Config: type, given: dict[str, Any], stage: str,
            quick: dict[str, dict[str, Any]]) -> Any:
     """The Config of one stage: its defaults, then the quick values if asked, then what was given.
 
-    Raises UserError where a value makes no sense.
+    Raises UserError where a value makes no sense, and where a flag was given that only the other
+    stage uses; `--quick` runs both in one command.
     """
+    doing = {"pretrain": "pre-trains", "finetune": "fine-tunes"}
+    for option in dataclasses.fields(Config):
+        home = option.metadata["stage"]
+        elsewhere = home and stage in STAGES and home != stage
+        if elsewhere and option.name in given and not given.get("quick"):
+            raise UserError(f"--{option.name.replace('_', '-')}: belongs to {STAGES[home]}, and "
+                            f"this command {doing[stage]}")
     values = {}
     if stage == "finetune":
         values = {f.name: f.metadata["finetune"] for f in dataclasses.fields(Config)
@@ -1385,6 +1397,49 @@ def accumulate(net: nn.Module, last: bool) -> contextlib.AbstractContextManager:
 def autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """bfloat16 where the device is a GPU, nothing on a CPU."""
     return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+
+
+@contextlib.contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Around a step's micro-batches: one update of BatchNorm's running statistics by all of them.
+
+    Each micro-batch is normalised by its own statistics, as ever. At the end the running mean and
+    variance move once, by the layer's momentum, to the average over the calls of the layer in all
+    processes: the same on any number of processes, and where a step runs each micro-batch twice.
+    That takes one collective. Layers in eval mode keep what they have; after an error all do.
+    """
+    layers = [layer for layer in unwrapped(model).modules() if layer.training
+              and isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats]
+    before = [torch.cat([layer.running_mean, layer.running_var]) for layer in layers]
+    counts = [layer.num_batches_tracked.clone() for layer in layers]
+    momenta = [layer.momentum for layer in layers]
+    # Per layer: the sums of mean and variance, and the number of calls, (2 C + 1,) in float64.
+    seen = [old.new_zeros(len(old) + 1, dtype=torch.float64) for old in before]
+
+    def add(layer: nn.Module, *_: object, total: Tensor) -> None:
+        total += torch.cat([layer.running_mean, layer.running_var, total.new_ones(1)])
+
+    hooks = []
+    for layer, total in zip(layers, seen):
+        layer.momentum = 1.0                        # a call leaves its own statistics, to be read
+        hooks.append(layer.register_forward_hook(functools.partial(add, total=total)))
+    after = before
+    try:
+        yield
+        everything = torch.cat(seen) if seen else torch.zeros(0)
+        if world() > 1:
+            torch.distributed.all_reduce(everything)
+        totals = everything.split([len(total) for total in seen])
+        after = [torch.where(total[-1] > 0, old.double().lerp(total[:-1] / total[-1], momentum), old)
+                 for old, total, momentum in zip(before, totals, momenta)]
+        counts = [count + (total[-1] > 0) for count, total in zip(counts, totals)]
+    finally:
+        for layer, hook, momentum, new, count in zip(layers, hooks, momenta, after, counts):
+            hook.remove()
+            layer.momentum = momentum
+            layer.running_mean.copy_(new[:layer.num_features])
+            layer.running_var.copy_(new[layer.num_features:])
+            layer.num_batches_tracked.copy_(count)
 
 
 def average_buffers(model: nn.Module) -> None:

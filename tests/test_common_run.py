@@ -93,6 +93,38 @@ def test_quick_changes_defaults_and_explicit_flags_win():
     assert settle(ti_net.Config, {}, "finetune", ti_net.QUICK).epochs == 120
 
 
+@dataclasses.dataclass
+class Staged(common.Flags):
+    """Flags of both stages, of the first and of the second."""
+
+    lr: float = common.arg(0.1, "rate")
+    tau: float = common.arg(0.5, "temperature", stage="pretrain")
+    bone: float = common.arg(1.0, "length", stage="finetune")
+
+
+@pytest.mark.parametrize("stage, good, bad, said", [
+    ("pretrain", {"tau": 0.5, "lr": 0.2}, {"bone": 1.0}, "--bone: belongs to fine-tuning, and this command pre-trains"),
+    ("finetune", {"bone": 2.0, "lr": 0.2}, {"tau": 0.5}, "--tau: belongs to pre-training, and this command fine-tunes"),
+    ("pretrain", {}, {"label_fraction": 0.5}, "--label-fraction: belongs to fine-tuning, and this command pre-trains")])
+def test_a_flag_of_the_other_stage_is_refused_unless_quick_runs_both(stage, good, bad, said):
+    quick = {"pretrain": {"tau": 0.7}, "finetune": {"bone": 3.0}}
+    settled = settle(Staged, good, stage, quick)
+    assert all(getattr(settled, name) == value for name, value in good.items())
+    with pytest.raises(UserError) as refused:
+        settle(Staged, good | bad, stage, quick)
+    assert str(refused.value) == said
+    assert settle(Staged, good | bad | {"quick": True}, stage, quick).quick
+    if "label_fraction" not in bad:                      # HaMuCo's stage has another name
+        assert settle(Staged, bad, "hamuco", {}).lr == 0.1
+
+
+def test_help_says_to_which_stage_a_flag_belongs(capsys):
+    with pytest.raises(SystemExit):
+        parse(Staged, ["--help"], "x", {}, {})
+    text = capsys.readouterr().out
+    assert "pre-training: temperature" in text and "fine-tuning: length" in text and ": rate" not in text
+
+
 @pytest.mark.parametrize("words, said", [
     (["--variant", "nonsense"], "invalid choice: 'nonsense'"),
     (["--epochs", "-1"], "--epochs -1: must be at least 0"),
@@ -325,7 +357,7 @@ def test_killed_at_random_moments_and_resumed_a_run_ends_the_same(tmp_path):
     straight = start("straight")
     assert straight.wait(300) == 0, straight.stdout.read()
     length, killed = time.monotonic() - began, 0
-    for attempt in range(3):
+    for _ in range(3):
         run = start("killed", *(["--resume"] if (tmp_path / "killed").exists() else []))
         time.sleep(length * random.uniform(0.4, 0.9))
         killed += run.poll() is None
@@ -364,6 +396,101 @@ def test_pretrain_then_finetune_then_eval(command, tmp_path):
         results[0]["rows"]["ti_net"]["mpjpe_mm"], abs=1e-6)
 
 
+STATISTICS = '''
+import sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from common import batch_statistics, rank, share, start, world
+device, out = start("cpu"), sys.argv[2]
+gathers = []
+if world() > 1:
+    plain = torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda x, *more: (gathers.append(x.numel()), plain(x, *more))
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(),
+                            torch.nn.Linear(64, 5), torch.nn.BatchNorm1d(5, momentum=0.3), torch.nn.BatchNorm1d(5))
+model.register_buffer("constant", torch.tensor([float(rank())]))          # as MANO's, but another in each process
+model.train()
+model[6].eval()                                                           # a frozen layer
+pictures = torch.randn(3, 12, 3, 6, 6) * torch.arange(1.0, 13)[:, None, None, None]
+for step, batch in enumerate(pictures):
+    with batch_statistics(model):
+        for m in share(12, 2):
+            for _ in range(1 + (len(sys.argv) > 3)):                      # the cached step runs each one twice
+                model(batch[2 * m:2 * m + 2])
+torch.save({"state": model.state_dict(), "gathers": gathers, "constant": model.constant, "momentum": model[5].momentum,
+            "hooks": sum(len(layer._forward_hooks) for layer in model.modules())}, f"{out}-{rank()}")
+if world() > 1:
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+'''
+
+
+def on_processes(tmp_path, code, count, *words):
+    """Run a program with the project's root and `words` on some processes, as torchrun would."""
+    (tmp_path / "worker.py").write_text(code)
+    runner = [sys.executable] if count == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    done = subprocess.run([*runner, str(tmp_path / "worker.py"), str(ROOT), *map(str, words)], timeout=300,
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def slow_statistics():
+    """Running statistics of STATISTICS's network after three steps of six micro-batches, layer by layer."""
+    torch.manual_seed(0)
+    conv, linear = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(64, 5)
+    pictures = torch.randn(3, 12, 3, 6, 6) * torch.arange(1.0, 13)[:, None, None, None]
+    first, second = [torch.zeros(4), torch.ones(4)], [torch.zeros(5), torch.ones(5)]
+    for step in pictures:
+        seen = []
+        for m in range(6):
+            x = conv(step[2 * m:2 * m + 2]).detach()                      # (2, 4, 4, 4)
+            flat = x.movedim(1, -1).reshape(32, 4)
+            mean, var = flat.mean(0), flat.var(0, correction=0)
+            y = linear(((x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()).relu().flatten(1)).detach()
+            seen.append((mean, 32 / 31 * var, y.mean(0), y.var(0, correction=1)))
+        means = [torch.stack(part).mean(0) for part in zip(*seen)]
+        first = [0.9 * old + 0.1 * new for old, new in zip(first, means[:2])]
+        second = [0.7 * old + 0.3 * new for old, new in zip(second, means[2:])]
+    return first, second
+
+
+@pytest.mark.parametrize("count, cached", [(1, True), (2, False), (3, True)])
+def test_running_statistics_move_once_a_step_on_any_number_of_processes(tmp_path, count, cached):
+    on_processes(tmp_path, STATISTICS, count, tmp_path / "out", *["cached"] * cached)
+    first, second = slow_statistics()
+    for rank in range(count):
+        found = torch.load(tmp_path / f"out-{rank}", weights_only=True)
+        state = found["state"]
+        for layer, (mean, var) in (("1", first), ("5", second)):
+            assert torch.allclose(state[f"{layer}.running_mean"], mean, rtol=1e-5, atol=1e-6), layer
+            assert torch.allclose(state[f"{layer}.running_var"], var, rtol=1e-5), layer
+            assert state[f"{layer}.num_batches_tracked"] == 3
+        assert (state["6.running_var"] == 1).all() and state["6.num_batches_tracked"] == 0
+        assert found["constant"] == rank and found["momentum"] == 0.3 and found["hooks"] == 0
+        assert found["gathers"] == ([2 * 4 + 1 + 2 * 5 + 1] * 3 if count > 1 else [])
+
+
+def test_a_step_of_one_micro_batch_moves_the_statistics_as_torch_does_and_a_broken_step_does_not():
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.BatchNorm1d(3) for _ in range(2))
+    for _ in range(3):
+        x = torch.randn(8, 3) + 2
+        with common.batch_statistics(ours):
+            assert torch.equal(ours(x), theirs(x))
+    assert torch.allclose(ours.running_mean, theirs.running_mean) and torch.allclose(ours.running_var, theirs.running_var)
+    before = {key: value.clone() for key, value in ours.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt):
+        with common.batch_statistics(ours):
+            ours(x)
+            raise KeyboardInterrupt
+    with common.batch_statistics(ours):
+        pass                                             # and a step without a call
+    assert all(torch.equal(before[key], value) for key, value in ours.state_dict().items())
+    assert ours.momentum == 0.1
+
+
 WORKER = '''
 import json, sys
 import torch
@@ -398,15 +525,10 @@ if torch.distributed.is_initialized():                # what holds the group goe
 
 
 def test_gradients_agree_on_one_two_and_three_processes(tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
     found = {}
     for count in (1, 2, 3):
         out = tmp_path / f"{count}.pt"
-        runner = [sys.executable] if count == 1 else [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-        done = subprocess.run([*runner, str(tmp_path / "worker.py"), str(ROOT), str(out)], timeout=300,
-                              capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-3000:]
+        on_processes(tmp_path, WORKER, count, out)
         found[count] = torch.load(out, weights_only=True)
     # a bias before BatchNorm has no gradient but rounding: 1e-10 of a millionth of the largest, at least
     largest = max(float(gradient.abs().max()) for gradient in found[1].values())
