@@ -1,117 +1,143 @@
 """HandMIM: Pose-Aware Self-Supervised Learning for 3D Hand Mesh Estimation.
 
-Liu, Lin, Wang, Zheng, Zhu (ByteDance), arXiv 2307.16061. The rows reproduced are Table 1 "HandMIM-
-Small": FreiHAND 6.57 / 6.57 mm PA vertex / joint error, F@5 0.725, F@15 0.984, and the same of Table 2.
-Tables 3 (iBOT) and 5 (losses removed), Fig. 7 (frozen blocks) and ViT-B, ViT-L run from here too.
+Liu, Lin, Wang, Zheng, Zhu (ByteDance), arXiv 2307.16061. The second and third command are those of
+Table 1 "HandMIM-Small", in the paper FreiHAND 6.57 / 6.57 mm PA vertex / joint error, F@5 0.725,
+F@15 0.984, and of the same row of Table 2; nothing was run at that scale here. Tables 3 (iBOT) and
+5 (losses removed), Fig. 7 (frozen blocks) and ViT-B, ViT-L run from here too.
 
-    python handmim.py --quick                                         minutes on a CPU, no data
-    python handmim.py --data freihand=DIR1 yt3d=DIR2 coco=DIR3        the paper's pre-training
-    python handmim.py --init runs/handmim-freihand/backbone.pt --finetune freihand=DIR1
+    python handmim.py --quick                                 minutes on a CPU, no data
+    python handmim.py --data freihand=DIR1 yt3d=DIR2 folder:photos=DIR3
+    python handmim.py --init runs/handmim-freihand-yt3d-folder/backbone.pt --finetune freihand=DIR1
 
-The idea: hide patches of two views of a hand and let a student recover what a slow copy of itself, the
-teacher, makes of the whole views: their patch tokens (L_patch), their pixels (L_recon), and across the
-views the class token, read as 128 pseudo key points with each view's transform undone (L_pose).
+DIR3 holds COCO 2017's train and unlabeled pictures, in which MediaPipe finds the hands (15).
 
-Letters: gamma scale, R rotation, (a, b) shift of a view (Eq. 3), z the 256 numbers that the shared MLP
-makes of a token, K prototypes, c centre, tau temperature; fine-tuning: theta (16 rotations), beta (10)
-MANO pose and shape, t wrist in the camera, m, K intrinsics. B batch, N patches, D width, S image side.
+The idea: hide patches of two views of a hand and let a student recover what a slow copy of itself,
+the teacher, makes of the whole views: their patch tokens (L_patch), their pixels (L_recon), and
+across the views the class token, read as 128 pseudo key points with each view's transform undone
+(L_pose).
+
+Letters: gamma scale, R rotation, (a, b) shift of a view (Eq. 3), z the 256 numbers that the shared
+MLP makes of a token, K prototypes, c centre, tau temperature; fine-tuning: theta (16 rotations),
+beta (10) MANO pose and shape, t wrist in the camera, m, K intrinsics. B batch, N patches, D width,
+S image side.
 
 Differs from the paper (it has no public code; "iBOT" is bytedance/ibot @da316d8)
  1. Gaps. Where the paper is silent we take iBOT: rate 2e-3 at 1,024 is iBOT's 5e-4 x 1024 / 256, so
-    it is the peak; ten epochs of warm-up, cosine to 1e-6; decay 0.04 to 0.4; teacher's momentum 0.996
-    to 1; temperatures 0.1 and 0.04 to 0.07 over 30 epochs; centres 0.9; clipping at 3, each tensor by
-    its own norm; stochastic depth 0.1 for the student; prototypes still for an epoch, their norms too
-    but for ViT-S. Warm-up and still prototypes take at most a tenth of a run, so short ones work.
- 2. Masks. The text says M = 1 keeps a token, its formula and Eq. 2 and 9 that M = 1 hides it: 1 hides.
-    Block-wise as iBOT; `random-mask`. One ratio in U[0.1, 0.5] for each picture and view.
+    it is the peak; ten epochs of warm-up, cosine to 1e-6; decay 0.04 to 0.4; teacher's momentum
+    0.996 to 1; temperatures 0.1 and 0.04 to 0.07 over 30 epochs; centres 0.9; clipping at 3, each
+    tensor by its own norm; stochastic depth 0.1 for the student; prototypes still for an epoch,
+    their norms too but for ViT-S. Warm-up and still prototypes take at most a tenth of a run, so
+    short ones work.
+ 2. Masks. The text says M = 1 keeps a token, its formula and Eq. 2 and 9 that M = 1 hides it: 1
+    hides. Block-wise as iBOT; `random-mask`. One ratio in U[0.1, 0.5] for each picture and view.
  3. Latent. "A shared MLP", then 128 x 2 = 256 numbers: the width of iBOT's bottleneck. We undo the
     view there, then normalise and score K = 8,192 prototypes (reading B), which keeps iBOT's guard
-    against collapse. `reading-a`: the 256 numbers are the logits; `reading-c`: one distribution along
-    x, one along y, from which the shift falls out.
- 4. Alignment. Eq. 3 and 4 invert each other if R turns about the origin, and pictures turn about the
-    view's centre: so coordinates are centred on the view, (a, b) = gamma x the crop's centre, in view
-    sides. Latents have no unit: (a, b) is multiplied by their range along each axis, detached, as
-    PeCLR does (dahiyaaneesh/peclr @f29f0a9); the order is Eq. 4's, rotation first. `unscaled-shift`
-    takes a unit of latent for a view side; `rotation-only` and `no-alignment` undo less.
- 5. Views. Eq. 3 has one gamma, so crops are square: area U(0.08, 1) of the square 1.2 x the hand's box.
-    Rotation U(0, 150) degrees as printed; `symmetric` takes both signs. Crop and rotation are one warp
-    of a larger square, so no black corner gives the angle away. No flip: Eq. 3 has none. Colour
-    jitter, grey, blur and solarisation have iBOT's strengths and chances.
+    against collapse. `reading-a`: the 256 numbers are the logits; `reading-c`: one distribution
+    along x, one along y, from which the shift falls out.
+ 4. Alignment. Eq. 3 and 4 invert each other if R turns about the origin, and pictures turn about
+    the view's centre: so coordinates are centred on the view, (a, b) = gamma x the crop's centre,
+    in view sides. Latents have no unit: (a, b) is multiplied by their range along each axis,
+    detached, as PeCLR does (dahiyaaneesh/peclr @f29f0a9); the order is Eq. 4's, rotation first.
+    `unscaled-shift` takes a unit of latent for a view side; `rotation-only` and `no-alignment` undo
+    less.
+ 5. Views. Eq. 3 has one gamma, so crops are square: area U(0.08, 1) of the square 1.2 x the hand's
+    box. Rotation U(0, 150) degrees as printed; `symmetric` takes both signs. Crop and rotation are
+    one warp of a larger square, so no black corner gives the angle away. No flip: Eq. 3 has none.
+    Colour jitter, grey, blur and solarisation have iBOT's strengths and chances.
  6. Eq. 6 and 7 are sums of two terms; we take means, as iBOT. `summed` is as printed.
  7. Decoder. Eq. 8 leaves T^0 (absent), widths (8, 4, 2, 1 x --decoder-width) and activations (GELU)
     open. L^i are raw block outputs, shallow first, `deep-first` reversed. They must grow to T^i's
     size: a linear layer commutes with that, so they are projected small, then enlarged (nearest).
-    Blocks 3, 6, 9, 12 of ViT-S and -B; 6, 12, 18, 24 of ViT-L, where `printed-taps` takes the former.
+    Blocks 3, 6, 9, 12 of ViT-S and -B; 6, 12, 18, 24 of ViT-L, where `printed-taps` takes the
+    former.
  8. L_recon. Mean absolute error over the hidden pixels of a picture, in units of ImageNet's
     deviations, then over pictures (Eq. 9 has no normaliser; SimMIM's runs over the whole batch).
  9. Centres are updated once a step, after it, from all micro-batches and processes (iBOT: once a
     forward pass); with no BatchNorm anywhere, the size of a micro-batch then changes nothing. Loss
     maths is float32. backbone.pt is the teacher's, as iBOT evaluates.
-10. `--objective ibot` is iBOT without local crops (its default), with its own views: two crops of area
-    U(0.14, 1), aspect 3/4 to 4/3, flipped half the time, and a coin that leaves half of them
+10. `--objective ibot` is iBOT without local crops (its default), with its own views: two crops of
+    area U(0.14, 1), aspect 3/4 to 4/3, flipped half the time, and a coin that leaves half of them
     unmasked. `our-views` gives it HandMIM's views and masks.
-11. Rectifiers. PyMAF (HongwenZhang/PyMAF @c866830) samples 431 mesh points on a pyramid; a plain ViT
-    has one map, and the paper says key points: 21 joints, 64 numbers each, with the class token.
-    State: 6D pose, shape, camera; updated by residuals, detached between steps; all three outputs
-    supervised alike. ReLU between the linear layers; `linear-rectifiers` has none, as PyMAF's code,
-    whose dropout we leave out. We sample where patches are; `pymaf-sampler` is half a patch off.
-12. Camera. State (log s, x, y): the wrist's place in the crop and half crops a metre, turned into t by
-    the true K of the crop (where unknown: focal length = diagonal). L_MANO takes t in metres.
-13. L_FT has no weights in the paper: squares of rotation matrices, 0.01 of shape, 10 of t in m; L1 of
-    vertices and joints, wrist-rooted, 10 a metre; L1 of 2D joints in half crops. Summed over axes, and
-    over a matrix's entries; means over joints, shape numbers and the three outputs. Samples without a
-    label do not count for it. Joints are regressed from the mesh for FreiHAND, elsewhere the chain's.
-14. Augmentation of fine-tuning is named without numbers: scale 1 +- 0.25, rotation 30 N degrees within
-    60 in six of ten (HandOccNet's), shift 0.05, jitter 0.2. Adam, constant rate, no decay; crop 1.2 x
-    the hand's box.
-15. Photos. `--data folder:photos=DIR` finds hands by MediaPipe (Sec. 3.1); its crops count as boxes.
-    Of a picture without box or hand the centre square is stored, and views come from its middle 71 %.
-16. Data. The paper counts 221,602 pictures; each source's count is printed, so yours can be compared.
+11. Rectifiers. PyMAF (HongwenZhang/PyMAF @c866830) samples 431 mesh points on a pyramid; a plain
+    ViT has one map, and the paper says key points: 21 joints, 64 numbers each, with the class
+    token. State: 6D pose, shape, camera; updated by residuals, detached between steps; all three
+    outputs supervised alike. ReLU between the linear layers; `linear-rectifiers` has none, as
+    PyMAF's code, whose dropout we leave out. We sample where patches are; `pymaf-sampler` is half a
+    patch off.
+12. Camera. State (log s, x, y): the wrist's place in the crop and half crops a metre, turned into t
+    by the true K of the crop (where unknown: focal length = diagonal). L_MANO takes t in metres.
+13. L_FT has no weights in the paper: squares of rotation matrices, 0.01 of shape, 10 of t in m; L1
+    of vertices and joints, wrist-rooted, 10 a metre; L1 of 2D joints in half crops. Summed over
+    axes, and over a matrix's entries; means over joints, shape numbers and the three outputs.
+    Samples without a label do not count for it. Joints are regressed from the mesh for FreiHAND,
+    elsewhere the chain's.
+14. Augmentation of fine-tuning is named without numbers: scale 1 +- 0.25, rotation 30 N degrees
+    within 60 in six of ten (HandOccNet's), shift 0.05, jitter 0.2. Adam, constant rate, no decay;
+    crop 1.2 x the hand's box.
+15. Photos. `--data folder:photos=DIR` finds hands by MediaPipe (Sec. 3.1); its crops count as
+    boxes. Of a picture without box or hand the centre square is stored, and views come from its
+    middle 71 %.
+16. Data. The paper counts 221,602 pictures; each source's count is printed, so yours can be
+    compared.
 """
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 # common before torch: it settles how threads wait
 from common import (
     BACKBONES, N_JOINTS, N_VERTS, Flags, Mano, Run, UserError, accumulate, arg, autocast,
-    axis_angle_to_matrix, barrier, batches, blur, build_backbone, cpu_state, crop,
-    decay_groups, denormalise, flip, guarded, invert, jitter_colour, load_backbone,
-    matrix_to_six_d, normal, normalise, parallel, rank, recall, remember, rotate_z, rotation,
-    row_name, save_checkpoint, say, settle, six_d_to_matrix, solarise, steps_per_epoch,
-    to_grey, training_steps, transform, uniform, view_intrinsics, warp, world)
+    axis_angle_to_matrix, barrier, batches, blur, build_backbone, cpu_state, crop, decay_groups,
+    denormalise, flip, guarded, invert, jitter_colour, load_backbone, matrix_to_six_d, normal,
+    normalise, parallel, rank, recall, remember, rotate_z, rotation, row_name, save_checkpoint, say,
+    settle, six_d_to_matrix, solarise, steps_per_epoch, to_grey, training_steps, transform, uniform,
+    unwrapped, view_intrinsics, warp, world)
 from hand import user_hand
 from hand.drawing import draw_skeleton, sheet
-from sources import DATASET_TIPS, REGRESSED, data_name, open_data, parse_data
-from sources.index import PICTURES
+from sources import DATASET_TIPS, REGRESSED, data_name, open_data
 from sources.judging import keep_best, launch, mean_hand, probe_error, report
-from sources.pictures import detect_hands, read_image
+from sources.photos import cut_photos
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor, nn
-from tqdm import tqdm
 
-# ---- Config ---------------------------------------------------------------------------------------
+# ---- Config -------------------------------------------------------------------------------------
 
 METHOD = "handmim"
 VITS = tuple(name for name in BACKBONES if name.startswith("vit"))
-CROP = 1.2                             # square that views are cut from, and fine-tuning crop, / hand box (ours)
-VIEW_MARGIN, VIEW_STORE = 1.7, 1.5     # stored square / box, stored / network side: views turn, 1.2 x sqrt(2)
-MARGIN, STORE = 2.2, 1.75              # of fine-tuning: crops up to 1.5 boxes wide turn by 60 degrees and shift
 
-MASK_RATIO = (0.1, 0.5)                                    # Sec. 3.1
-STUDENT_TAU, TEACHER_TAU = 0.1, (0.04, 0.07)               # iBOT's README recipe
-TEACHER_TAU_EPOCHS, FROZEN_EPOCHS = 30, 1                  # iBOT: warm-up of tau, prototypes still
-CENTRE_MOMENTUM, CLIP, FINAL_LR = 0.9, 3.0, 1e-6           # iBOT
-LATENT = (128, 2)                                          # pseudo key points, Sec. 3.1
+# How wide squares are, in sides of the hand's box (ours; S is the side of the network's input):
+#
+#     +-----------------------------+   MARGIN 2.2, stored STORE x S px wide: in it the crops of
+#     |   +---------------------+   |     fine-tuning, up to 1.5 boxes wide, turn by 60 degrees
+#     |   |   +-------------+   |   |   VIEW_MARGIN 1.7 = 1.2 x sqrt(2), stored VIEW_STORE x S px
+#     |   |   |  +-------+  |   |   |     wide: in it the square of 1.2 turns by any angle
+#     |   |   |  | 1 box |  |   |   |   CROP 1.2: the square that views are cut from, and
+#     |   |   |  +-------+  |   |   |     fine-tuning's crop where nothing is drawn
+#     |   |   +-------------+   |   |
+#     |   +---------------------+   |   A set is stored once, at one of the two outer squares:
+#     +-----------------------------+   pre-training stores at VIEW_MARGIN, fine-tuning at MARGIN.
+CROP = 1.2
+VIEW_MARGIN = 1.7
+VIEW_STORE = 1.5
+MARGIN = 2.2
+STORE = 1.75
+
+MASK_RATIO = (0.1, 0.5)                 # Sec. 3.1
+LATENT = (128, 2)                       # pseudo key points, Sec. 3.1
+STUDENT_TAU = 0.1                       # iBOT's README recipe, as all that follows
+TEACHER_TAU = (0.04, 0.07)              # first and last
+TEACHER_TAU_EPOCHS = 30                 # from the first to the last
+FROZEN_EPOCHS = 1                       # prototypes keep still
+CENTRE_MOMENTUM = 0.9
+CLIP = 3.0
+FINAL_LR = 1e-6
 
 VARIANTS = {
     "no-pose": "leave out L_pose (Tab. 5)",
@@ -151,10 +177,10 @@ class Config(Flags):
     image_size: int = arg(224, "side of the network's input, px", paper=224, ref="Sec. 3.2")
     epochs: int = arg(400, "passes over the data; pre-training ViT-L: 250 (Sec. 3.1)", paper=400,
                       ref="Sec. 3.1, 3.2", finetune=100, finetune_paper=100)
-    batch_size: int = arg(1024, "samples a step, over all processes", paper=1024, ref="Sec. 3.1, 3.2",
-                          finetune=128, finetune_paper=128)
-    micro_batch: int = arg(64, "samples at a time; changes memory and speed, not the step", why="ours",
-                           finetune=32, finetune_why="ours")
+    batch_size: int = arg(1024, "samples a step, over all processes", paper=1024,
+                          ref="Sec. 3.1, 3.2", finetune=128, finetune_paper=128)
+    micro_batch: int = arg(64, "samples at a time; changes memory and speed, not the step",
+                           why="ours", finetune=32, finetune_why="ours")
     lr: float = arg(2e-3, "peak learning rate, pre-training: of a batch of 1,024, x batch / 1,024; "
                     "fine-tuning: as it is, constant", paper=2e-3, ref="Sec. 3.1, 3.2",
                     finetune=4e-5, finetune_paper=4e-5)
@@ -166,7 +192,8 @@ class Config(Flags):
                                why="iBOT")
     weight_decay: float = arg(0.4, "AdamW's decay at the end, from a tenth of it by a cosine",
                               why="iBOT", finetune=0.0, finetune_why="Adam has none")
-    teacher_momentum: float = arg(0.996, "of the teacher at first, 1 at last, by a cosine", why="iBOT")
+    teacher_momentum: float = arg(0.996, "of the teacher at first, 1 at last, by a cosine",
+                                  why="iBOT")
     drop_path: float = arg(0.1, "chance that the student's last block is skipped", why="iBOT")
     prototypes: int = arg(8192, "K, scores that latents are compared by", why="iBOT")
     head_hidden: int = arg(2048, "width inside the shared MLP", why="iBOT")
@@ -176,7 +203,7 @@ class Config(Flags):
     variant: tuple[str, ...] = arg((), "named departures, listed below", choices=tuple(VARIANTS))
 
 
-# ---- Views: two of a sample, each one warp of the source (Sec. 2.2, 3.1) --------------------------
+# ---- Views: two of a sample, each one warp of the source (Sec. 2.2, 3.1) ------------------------
 
 
 class View(NamedTuple):
@@ -194,7 +221,7 @@ def stored_side(cfg: Config) -> int:
 
 
 def turn(points: Tensor, angle: Tensor) -> Tensor:
-    """Rotate (..., N, 2) about the origin by (...) rad, counter-clockwise on the screen (y down)."""
+    """Rotate (..., N, 2) about the origin by (...) rad, counter-clockwise as seen (y is down)."""
     c, s = angle.cos()[..., None], angle.sin()[..., None]
     x, y = points.unbind(-1)
     return torch.stack([c * x + s * y, c * y - s * x], -1)
@@ -203,58 +230,68 @@ def turn(points: Tensor, angle: Tensor) -> Tensor:
 def move(points: Tensor, view: View) -> Tensor:
     """Eq. 3: where a view shows points (..., N, 2), R(gamma p - (a, b)).
 
-    Points from the source square's centre in its sides -> from the view's centre in the view's sides.
+    In: from the source square's centre, in its sides. Out: from the view's centre, in the view's.
     """
     return turn(view.gamma[..., None, None] * points - view.shift[..., None, :], view.angle)
 
 
-def undo(points: Tensor, view: View, scaled: bool = False) -> Tensor:
-    """Eq. 4: (R^-1 q + (a, b)) / gamma, the inverse of `move`; (..., N, 2) -> (..., N, 2).
+def undo(points: Tensor, view: View) -> Tensor:
+    """Eq. 4: (R^-1 q + (a, b)) / gamma, the inverse of `move`; (..., N, 2) -> (..., N, 2)."""
+    back = turn(points, -view.angle)
+    return (back + view.shift[..., None, :]) / view.gamma[..., None, None]
 
-    `scaled`: (a, b) is in units of the points' own range along each axis (after R^-1, detached), for
-    latents have no unit: the undone points then change by a factor if the given ones do.
+
+def in_latent_units(view: View, points: Tensor) -> View:
+    """The view with (a, b) in units of latent points (..., N, 2), which have none themselves (4).
+
+    A view's side becomes the points' range along each axis after R^-1, without a gradient. Points
+    twice as large are then undone to points twice as large.
     """
-    back, shift = turn(points, -view.angle), view.shift[..., None, :]
-    if scaled:
-        shift = shift * (back.amax(-2, keepdim=True) - back.amin(-2, keepdim=True)).detach()
-    return (back + shift) / view.gamma[..., None, None]
+    back = turn(points.detach(), -view.angle)
+    reach = back.amax(-2) - back.amin(-2)
+    return view._replace(shift=view.shift * reach)
 
 
 def draw_view(index: Tensor, number: int, side: int, cfg: Config, epoch: int) -> View:
     """Sec. 3.1: crop of area U(0.08, 1), rotation U(0, 150) degrees; (B,) -> fields (B, ...)."""
     u = uniform(index, 4, cfg.seed, "handmim view", epoch, number)
-    width = (0.08 + 0.92 * u[:, 0]).sqrt()                              # of the source square's side
-    middle = (u[:, 1:3] - 0.5) * (1 - width)[:, None]                   # from its centre
-    both = "symmetric" in cfg.variant
-    angle = math.radians(150) * (2 * u[:, 3] - 1 if both else u[:, 3])
-    source = side * CROP / VIEW_MARGIN                                       # px
+    width = (0.08 + 0.92 * u[:, 0]).sqrt()                      # of the source square's side
+    middle = (u[:, 1:3] - 0.5) * (1 - width)[:, None]           # from its centre
+    turns = 2 * u[:, 3] - 1 if "symmetric" in cfg.variant else u[:, 3]
+    angle = math.radians(150) * turns
+    source = side * CROP / VIEW_MARGIN                          # px
     A = crop((side - 1) / 2 + source * middle, source * width, cfg.image_size)
-    return View(rotation(angle, cfg.image_size) @ A, angle, 1 / width, middle / width[:, None])
+    return View(A=rotation(angle, cfg.image_size) @ A, angle=angle, gamma=1 / width,
+                shift=middle / width[:, None])
 
 
 def draw_ibot_view(index: Tensor, number: int, side: int, cfg: Config, epoch: int) -> View:
     """iBOT's: crop of area U(0.14, 1), aspect 3/4 to 4/3, flipped half the time; no rotation."""
-    u, S = uniform(index, 5, cfg.seed, "ibot view", epoch, number), cfg.image_size
-    area, ratio = 0.14 + 0.86 * u[:, 0], (3 / 4) ** (1 - 2 * u[:, 1])
+    u = uniform(index, 5, cfg.seed, "ibot view", epoch, number)
+    S = cfg.image_size
+    area = 0.14 + 0.86 * u[:, 0]                                # of the source square's
+    ratio = (3 / 4) ** (1 - 2 * u[:, 1])
     size = torch.stack([area * ratio, area / ratio], 1).sqrt().clamp(max=1)     # width, height
     middle = (side - 1) / 2 + side * CROP / VIEW_MARGIN * (u[:, 2:4] - 0.5) * (1 - size)
     zoom = S / (size * side * CROP / VIEW_MARGIN)
     A = torch.diag_embed(F.pad(zoom, (0, 1), value=1.0))
     A[:, :2, 2] = (S - 1) / 2 - zoom * middle
     still = torch.zeros_like(u[:, 0])
-    return View(flip(u[:, 4] < 0.5, S).to(A) @ A, still, still + 1, torch.stack([still, still], 1))
+    return View(A=flip(u[:, 4] < 0.5, S).to(A) @ A, angle=still, gamma=still + 1,
+                shift=torch.stack([still, still], 1))
 
 
 def draw_views(index: Tensor, side: int, cfg: Config, epoch: int) -> View:
     """Both views of samples `index` (B,), from stored squares `side` px wide."""
     ibot = cfg.objective == "ibot" and "our-views" not in cfg.variant
     draw = draw_ibot_view if ibot else draw_view
-    return View(*(torch.stack(pair, 1) for pair in zip(*(
-        draw(index, number, side, cfg, epoch) for number in (0, 1)))))
+    first = draw(index, 0, side, cfg, epoch)
+    second = draw(index, 1, side, cfg, epoch)
+    return View(*(torch.stack(pair, 1) for pair in zip(first, second)))
 
 
 def colour(images: Tensor, index: Tensor, number: int, cfg: Config, epoch: int) -> Tensor:
-    """Sec. 3.1 with iBOT's numbers: jitter, grey, blur, solarise; (B, 3, S, S) in 0..1, the same."""
+    """Sec. 3.1 with iBOT's numbers: jitter, grey, blur, solarise; (B, 3, S, S) in 0..1 twice."""
     u = uniform(index, 9, cfg.seed, "handmim colour", epoch, number)
     reach = torch.tensor([0.4, 0.4, 0.2, 0.1], device=u.device)
     still = torch.tensor([1.0, 1.0, 1.0, 0.0], device=u.device)
@@ -276,66 +313,7 @@ def make_views(batch: dict, cfg: Config, epoch: int, grid: int) -> tuple[Tensor,
     return normalise(255 * torch.stack(pictures, 1)), view, torch.stack(masks, 1)
 
 
-# ---- Photos without boxes (Sec. 3.1, data sets) ---------------------------------------------------
-
-
-def cut_photos(spec: str, cfg: Config) -> str:
-    """`folder:photos=DIR`: hands that MediaPipe finds in whole photos, cut once -> `folder=CROPS`.
-
-    Other specs are returned as they are. Crops (1.7 x the key points' box, left hands mirrored) go to
-    --cache; photos seen before are not looked at again. UserError without the package mediapipe.
-    """
-    name, part, folder = parse_data(spec)
-    if (name, part) != ("folder", "photos"):
-        return spec
-    photos = Path(folder or cfg.root or "data/folder")
-    crops = Path(cfg.cache) / f"hands-{digest(str(photos.resolve()))}"
-    if rank() == 0:
-        find_hands(photos, crops)
-    barrier()
-    return f"folder={crops}"
-
-
-def find_hands(photos: Path, crops: Path) -> None:
-    """Cut every hand in the photos below a folder; `crops`/seen.txt lists the photos that are done."""
-    files = sorted(p.relative_to(photos).as_posix() for p in photos.rglob("*")
-                   if p.suffix.lower() in PICTURES)
-    if not files:
-        raise UserError(f"folder:photos: {photos} holds no picture ({' '.join(PICTURES)})")
-    crops.mkdir(parents=True, exist_ok=True)
-    seen = crops / "seen.txt"
-    done = set(seen.read_text().splitlines()) if seen.is_file() else set()
-    with open(seen, "a") as list_:
-        for file in tqdm([f for f in files if f not in done], "finding hands", unit="photo"):
-            try:
-                picture = read_image(photos / file)
-            except UserError as error:
-                say(f"{error}; left out")
-                continue
-            for k, hand in enumerate(detect_hands(picture)):
-                cut = cut_hand(picture, hand["uv"], left=hand["side"] == "left")
-                cut.save(crops / f"{digest(file)}-{k}.jpg", quality=95)
-            print(file, file=list_, flush=True)
-    hands = len(list(crops.glob("*.jpg")))
-    say(f"folder:photos: {len(files):,} photos in {photos}, {hands:,} hands found")
-
-
-def digest(name: str) -> str:
-    """Sixteen hexadecimal digits of a name: 240,000 photos need more than 32 bits."""
-    return hashlib.sha1(name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-
-def cut_hand(picture: np.ndarray, xy: np.ndarray, left: bool) -> Image.Image:
-    """The square of VIEW_MARGIN x the box of key points (21, 2) px, at most 512 px wide, as a right hand."""
-    low, high = xy.min(0), xy.max(0)
-    side, middle = VIEW_MARGIN * max(*(high - low), 2.0), (low + high) / 2 + 0.5
-    box = [round(x) for x in (*(middle - side / 2), *(middle + side / 2))]
-    out = Image.fromarray(picture).crop(box)
-    out = out.resize((min(out.width, 512),) * 2, Image.Resampling.LANCZOS)
-    return ImageOps.mirror(out) if left else out
-
-
-# ---- Masks (Sec. 2.1, 3.1) ------------------------------------------------------------------------
+# ---- Masks (Sec. 2.1, 3.1) ----------------------------------------------------------------------
 
 
 def draw_mask(index: Tensor, number: int, grid: int, cfg: Config, epoch: int) -> Tensor:
@@ -343,10 +321,11 @@ def draw_mask(index: Tensor, number: int, grid: int, cfg: Config, epoch: int) ->
     low, high = MASK_RATIO
     u = uniform(index, 2, cfg.seed, "handmim mask", epoch, number)
     ratio = low + (high - low) * u[:, 0]
-    if cfg.objective == "ibot" and "our-views" not in cfg.variant:       # iBOT's recipe: a coin first
+    if cfg.objective == "ibot" and "our-views" not in cfg.variant:   # iBOT's recipe: a coin first
         ratio = ratio * (u[:, 1] < 0.5)
     if "random-mask" in cfg.variant:
-        return random_mask(uniform(index, grid ** 2, cfg.seed, "handmim patches", epoch, number), ratio)
+        draws = uniform(index, grid ** 2, cfg.seed, "handmim patches", epoch, number)
+        return random_mask(draws, ratio)
     draws = uniform(index, 4 * 96, cfg.seed, "handmim blocks", epoch, number)
     return block_mask(draws.unflatten(1, (96, 4)), ratio, grid).flatten(1)
 
@@ -360,27 +339,33 @@ def random_mask(u: Tensor, ratio: Tensor) -> Tensor:
 def block_mask(draws: Tensor, ratio: Tensor, grid: int) -> Tensor:
     """Rectangles as in BEiT and iBOT: draws (B, T, 4), ratios (B,) -> (B, grid, grid) bool.
 
-    Each try has an area between (grid // 3)^2 and what is left, an aspect between 0.3 and 1 / 0.3, and
-    counts if it is smaller than the grid and hides at least one new patch, at most what is left. Ten
-    failures in a row end it, and so do T tries.
+    Each try has an area between (grid // 3)^2 and what is left, an aspect between 0.3 and 1 / 0.3,
+    and counts if it is smaller than the grid and hides at least one new patch, at most what is
+    left. Ten failures in a row end it, and so do T tries.
     """
-    B, device = len(draws), draws.device
-    at = torch.arange(grid, device=device)
-    mask = torch.zeros(B, grid, grid, dtype=torch.bool, device=device)
-    left, failures = ratio * grid ** 2, torch.zeros(B, device=device)
+    B = len(draws)
+    at = torch.arange(grid, device=draws.device)
+    mask = torch.zeros(B, grid, grid, dtype=torch.bool, device=draws.device)
+    budget = ratio * grid ** 2                          # patches still to hide, (B,)
+    failures = torch.zeros(B, device=draws.device)      # in a row, (B,)
     least = float((grid // 3) ** 2)
-    for k, (u, v, x, y) in enumerate(draws.permute(1, 2, 0)):
-        area = (least + u * (left - least)).clamp(min=0)
-        aspect = 0.3 ** (1 - 2 * v)
-        h, w = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-        top, side = (y * (grid - h + 1)).floor(), (x * (grid - w + 1)).floor()
-        within = lambda low, n: (at >= low[:, None]) & (at < (low + n)[:, None])
-        new = within(top, h)[:, :, None] & within(side, w)[:, None] & ~mask
+    for tried, draw in enumerate(draws.unbind(1), 1):
+        area = (least + draw[:, 0] * (budget - least)).clamp(min=0)
+        aspect = 0.3 ** (1 - 2 * draw[:, 1])
+        height = (area * aspect).sqrt().round()
+        width = (area / aspect).sqrt().round()
+        left = (draw[:, 2] * (grid - width + 1)).floor()
+        top = (draw[:, 3] * (grid - height + 1)).floor()
+        rows = (at >= top[:, None]) & (at < (top + height)[:, None])            # (B, grid)
+        columns = (at >= left[:, None]) & (at < (left + width)[:, None])
+        new = rows[:, :, None] & columns[:, None] & ~mask
         count = new.sum((1, 2))
-        good = (h < grid) & (w < grid) & (count > 0) & (count <= left) & (failures < 10)
-        mask, left = mask | new & good[:, None, None], left - count * good
+        small = (height < grid) & (width < grid)
+        good = small & (count > 0) & (count <= budget) & (failures < 10)
+        mask = mask | new & good[:, None, None]
+        budget = budget - count * good
         failures = torch.where(good, 0, failures + 1)
-        if k % 8 == 7 and bool((failures >= 10).all()):
+        if tried % 8 == 0 and bool((failures >= 10).all()):     # not each time: a GPU must wait
             break
     return mask
 
@@ -394,7 +379,7 @@ def draw_paths(index: Tensor, depth: int, cfg: Config, epoch: int) -> Tensor | N
     return (torch.stack(u, 1).unflatten(2, (depth, 2)) >= chance) / (1 - chance)
 
 
-# ---- Model (Sec. 2.2 - 2.4) -----------------------------------------------------------------------
+# ---- Model (Sec. 2.2 - 2.4) ---------------------------------------------------------------------
 
 
 def walk(vit: nn.Module, x: Tensor, keep: Tensor | None = None, taps: Sequence[int] = ()
@@ -432,8 +417,8 @@ class Head(nn.Module):
 
     def __init__(self, D: int, hidden: int, latent: int, K: int, learn_norm: bool = True):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(D, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
-                                 nn.Linear(hidden, latent))
+        self.mlp = nn.Sequential(nn.Linear(D, hidden), nn.GELU(), nn.Linear(hidden, hidden),
+                                 nn.GELU(), nn.Linear(hidden, latent))
         for layer in self.mlp[::2]:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
@@ -465,8 +450,10 @@ class Decoder(nn.Module):
     def __init__(self, dim: int, stages: int, grid: int, width: int):
         super().__init__()
         widths = [width * 2 ** k for k in range(stages - 1, -1, -1)]     # 256, 128, 64, 32
-        before, after = [0, *widths[1:]], [*widths[1:], 3]
-        self.grid, self.before = grid, before
+        before = [0, *widths[1:]]                               # channels of T^i; T^0 is absent
+        after = [*widths[1:], 3]
+        self.grid = grid
+        self.before = before
         self.fuse = nn.ModuleList(nn.Linear(c + dim, w) for c, w in zip(before, widths))
         self.up = nn.ModuleList(nn.ConvTranspose2d(w, c, 4, 2, 1) for w, c in zip(widths, after))
 
@@ -485,9 +472,9 @@ class Out(NamedTuple):
     """What one pass yields; logits have a trailing axis of K, or of (2, 128) with reading C."""
 
     student: Tensor             # (B, 2, K) class tokens
-    teacher: Tensor
+    teacher: Tensor             # (B, 2, K)
     student_patch: Tensor       # (T, K) the hidden patches of all views
-    teacher_patch: Tensor
+    teacher_patch: Tensor       # (T, K)
     weight: Tensor              # (T,) so that a sum is the mean over views of means over patches
     centre: Tensor              # (K,) mean of the teacher's class logits
     centre_patch: Tensor        # (K,) mean over all of the teacher's patches, hidden or not
@@ -499,7 +486,9 @@ class HandMIM(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.cfg, self.student, self.teacher = cfg, Network(cfg), Network(cfg)
+        self.cfg = cfg
+        self.student = Network(cfg)
+        self.teacher = Network(cfg)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         vit = self.student.backbone
@@ -508,42 +497,56 @@ class HandMIM(nn.Module):
         self.taps = taps_of(len(vit.blocks), stages, cfg.variant)
         plain = cfg.objective == "ibot" or "no-recon" in cfg.variant
         self.decoder = None if plain else Decoder(vit.dim, stages, vit.side, cfg.decoder_width)
-        shape = {"reading-a": (256,), "reading-c": (2, 128)}.get(
-            next((v for v in cfg.variant if v.startswith("reading")), ""), (cfg.prototypes,))
+        shape: tuple[int, ...] = (cfg.prototypes,)
+        if "reading-a" in cfg.variant:
+            shape = (math.prod(LATENT),)
+        if "reading-c" in cfg.variant:
+            shape = LATENT[::-1]
         self.register_buffer("centre", torch.zeros(shape))
         self.register_buffer("centre_patch", torch.zeros(shape))
 
     def forward(self, views: Tensor, masks: Tensor, view: View, keep: Tensor | None) -> Out:
         """Eq. 5: (B, 2, 3, S, S), (B, 2, N) bool, how views were cut, `draw_paths` -> `Out`."""
-        x, hidden = views.flatten(0, 1), masks.flatten(0, 1)
-        student, teacher = self.student, self.teacher
+        x = views.flatten(0, 1)                                             # (2 B, 3, S, S)
+        hidden = masks.flatten(0, 1)                                        # (2 B, N)
         keep = None if keep is None else keep.flatten(0, 1)
-        tokens = student.backbone.embed(x, hidden, self.masked_embed)
-        tokens, taps = walk(student.backbone, tokens, keep, self.taps if self.decoder else ())
-        z, z_patch = student.head(tokens[:, 0]), student.head(tokens[:, 1:][hidden])
+        vit = self.student.backbone
+        embedded = vit.embed(x, hidden, self.masked_embed)
+        tokens, taps = walk(vit, embedded, keep, self.taps if self.decoder else ())
+        z = self.student.head(tokens[:, 0]).unflatten(0, (-1, 2))           # (B, 2, 256)
+        z_patch = self.student.head(tokens[:, 1:][hidden])                  # (T, 256)
         pictures = None
         if self.decoder:
             order = reversed(taps) if "deep-first" in self.cfg.variant else taps
             pictures = self.decoder([tap[:, 1:] for tap in order]).unflatten(0, (-1, 2))
-        with torch.no_grad():
-            tokens = teacher.head(teacher.backbone.tokens(x))                  # (2 B, 1 + N, 256)
+        with torch.no_grad():                                               # it sees whole views
+            true = self.teacher.head(self.teacher.backbone.tokens(x))       # (2 B, 1 + N, 256)
+        patches = true[:, 1:]
         weight = 1 / hidden.sum(1, keepdim=True).clamp(min=1) / len(x)
         with torch.autocast(x.device.type, enabled=False):
-            cls = self.class_logits(teacher, tokens[:, 0].unflatten(0, (-1, 2)), view)
-            return Out(self.class_logits(student, z.unflatten(0, (-1, 2)), view), cls,
-                       self.logits(student, z_patch), self.logits(teacher, tokens[:, 1:][hidden]),
-                       weight.to(z.dtype).expand_as(hidden)[hidden],
-                       cls.mean((0, 1)), self.mean_logits(tokens[:, 1:].flatten(0, 1)), pictures)
+            teacher = self.class_logits(self.teacher, true[:, 0].unflatten(0, (-1, 2)), view)
+            return Out(
+                student=self.class_logits(self.student, z, view),
+                teacher=teacher,
+                student_patch=self.logits(self.student, z_patch),
+                teacher_patch=self.logits(self.teacher, patches[hidden]),
+                weight=weight.to(z.dtype).expand_as(hidden)[hidden],
+                centre=teacher.mean((0, 1)),
+                centre_patch=self.mean_logits(patches.flatten(0, 1)),
+                pictures=pictures)
 
     def class_logits(self, network: Network, z: Tensor, view: View) -> Tensor:
-        """Sec. 2.2: latents (B, 2, 256) as points, each view's transform undone, then the logits."""
+        """Sec. 2.2: latents (B, 2, 256) as points, each view's transform undone, their logits."""
         how = set(self.cfg.variant)
         if self.cfg.objective == "ibot" or "no-alignment" in how:
             return self.logits(network, z)
         if "rotation-only" in how:
-            view = view._replace(gamma=torch.ones_like(view.gamma), shift=torch.zeros_like(view.shift))
-        points = undo(z.unflatten(-1, LATENT), view, scaled="unscaled-shift" not in how)
-        return self.logits(network, points.flatten(-2))
+            view = view._replace(gamma=torch.ones_like(view.gamma),
+                                 shift=torch.zeros_like(view.shift))
+        points = z.unflatten(-1, LATENT)                                    # (B, 2, 128, 2)
+        if "unscaled-shift" not in how:
+            view = in_latent_units(view, points)
+        return self.logits(network, undo(points, view).flatten(-2))
 
     def logits(self, network: Network, z: Tensor) -> Tensor:
         """Latents (..., 256) -> logits (..., K); reading C: (..., 2, 128), x and y apart."""
@@ -560,13 +563,13 @@ class HandMIM(nn.Module):
 
 
 def taps_of(depth: int, stages: int, variant: tuple[str, ...]) -> list[int]:
-    """Sec. 3.1: the blocks (from 1) whose outputs are decoded, evenly spaced, the last among them."""
+    """Sec. 3.1: the blocks (from 1) whose outputs are decoded, evenly spaced, the last too."""
     if "printed-taps" in variant:
         return [3, 6, 9, 12][:stages] if depth >= 12 else list(range(1, depth + 1))[:stages]
     return [round(depth * (k + 1) / stages) for k in range(stages)]
 
 
-# ---- Losses (Eq. 6, 7, 9) -------------------------------------------------------------------------
+# ---- Losses (Eq. 6, 7, 9) -----------------------------------------------------------------------
 
 
 def cross_entropy(student: Tensor, teacher: Tensor, centre: Tensor, tau: float) -> Tensor:
@@ -580,33 +583,39 @@ def pose_loss(student: Tensor, teacher: Tensor, centre: Tensor, tau: float) -> T
     return cross_entropy(student, teacher.flip(1), centre, tau).mean()
 
 
-def patch_loss(student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor, tau: float) -> Tensor:
+def patch_loss(student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor,
+               tau: float) -> Tensor:
     """Eq. 7: hidden patches against the same view's; logits (T, ..., K), weight (T,) -> scalar."""
+    if not len(student):
+        return student.sum()                            # nothing hidden: 0, and the graph is whole
     error = cross_entropy(student, teacher, centre, tau)
-    return (error.reshape(len(error), -1).mean(1) * weight).sum() if len(error) else student.sum()
+    return (error.reshape(len(error), -1).mean(1) * weight).sum()
 
 
 def recon_loss(pictures: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Eq. 9: mean |T^4 - x| over hidden pixels, then over pictures: (n, 3, S, S) twice, (n, N) bool."""
+    """Eq. 9: mean |T^4 - x| over hidden pixels, then pictures: (n, 3, S, S) twice, (n, N) bool."""
     grid = math.isqrt(mask.shape[1])
-    error = (pictures.to(torch.promote_types(pictures.dtype, torch.float32)) - target).abs().mean(1)
-    error = F.avg_pool2d(error[:, None], target.shape[-1] // grid).flatten(1)           # (n, N)
+    pictures = pictures.to(torch.promote_types(pictures.dtype, torch.float32))
+    error = (pictures - target).abs().mean(1, keepdim=True)
+    error = F.avg_pool2d(error, target.shape[-1] // grid).flatten(1)                    # (n, N)
     return ((error * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
 @torch.no_grad()
 def collapse_monitors(teacher: Tensor, centre: Tensor, tau: float) -> dict[str, Tensor]:
-    """Entropy, nats, of the teacher's answers for (B, 2, ..., K) logits: 0 and ln K are the collapses.
+    """Entropy, nats, of the teacher's answers for (B, 2, ..., K) logits; 0 and ln K are collapses.
 
-    entropy: mean over pictures (ln K: every answer is uniform); entropy_mean: of the mean answer (near
-    `entropy`: all pictures get the same one).
+    entropy: mean over pictures (ln K: every answer is uniform); entropy_mean: of the mean answer
+    (near `entropy`: all pictures get the same one).
     """
-    p = ((teacher - centre) / tau).softmax(-1)
-    H = lambda p: -(p * p.clamp(min=1e-12).log()).sum(-1).mean()
-    return {"entropy": H(p), "entropy_mean": H(p.mean((0, 1)))}
+    def entropy(p: Tensor) -> Tensor:
+        return -(p * p.clamp(min=1e-12).log()).sum(-1).mean()
+
+    answers = ((teacher - centre) / tau).softmax(-1)
+    return {"entropy": entropy(answers), "entropy_mean": entropy(answers.mean((0, 1)))}
 
 
-# ---- Fine-tuned network (Sec. 2.5) ----------------------------------------------------------------
+# ---- Fine-tuned network (Sec. 2.5) --------------------------------------------------------------
 
 
 def plain_crop(side: int, S: int, device: torch.device) -> Tensor:
@@ -616,7 +625,7 @@ def plain_crop(side: int, S: int, device: torch.device) -> Tensor:
 
 
 def draw_crop(index: Tensor, side: int, cfg: Config, epoch: int) -> tuple[Tensor, Tensor]:
-    """Sec. 3.2: random scale, translation and rotation; (B,) -> stored px to crop px, and rad (B,)."""
+    """Sec. 3.2: random scale, shift and rotation; (B,) -> stored px to crop px, and rad (B,)."""
     u = uniform(index, 3, cfg.seed, "handmim crop", epoch)
     n = normal(index, 2, cfg.seed, "handmim crop size and angle", epoch)
     width = side * CROP / MARGIN * (1 + 0.25 * n[:, 0].clamp(-1, 1))
@@ -649,8 +658,10 @@ def sample(maps: Tensor, uv: Tensor, size: int, pymaf: bool = False) -> Tensor:
 
 
 class PointMlp(nn.Module):
-    """PyMAF's reduction of sampled features, (B, N, D) -> (B, C N), channel-major: three layers, the
-    second and third also see the input; leaky ReLU between, ReLU at the end."""
+    """PyMAF's reduction of sampled features, (B, N, D) -> (B, C N), channel-major.
+
+    Three layers, of which the second and third also see the input; leaky ReLU between, ReLU last.
+    """
 
     def __init__(self, widths: Sequence[int]):
         super().__init__()
@@ -667,7 +678,7 @@ class PointMlp(nn.Module):
 
 
 class Rectifier(nn.Module):
-    """One step of the feedback: features at the joints, class token and state -> a change of state."""
+    """One step of the feedback: features at the joints, class token, state -> change of state."""
 
     def __init__(self, D: int, n_state: int, linear: bool):
         super().__init__()
@@ -701,7 +712,8 @@ class HandNet(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.size, self.pymaf = cfg.image_size, "pymaf-sampler" in cfg.variant
+        self.size = cfg.image_size
+        self.pymaf = "pymaf-sampler" in cfg.variant
         self.backbone = build_backbone(cfg.backbone, cfg.image_size)
         data = data_name(cfg.finetune)
         self.mano = Mano(user_hand(cfg.mano)[0], DATASET_TIPS.get(data, "smplx"))
@@ -721,15 +733,16 @@ class HandNet(nn.Module):
                                     wrist.clamp(-1, 1)]))
 
     def forward(self, crops: Tensor, K: Tensor) -> Tensor:
-        """(B, 3, S, S) normalised, K of the crops -> the states after each rectifier, (3, B, 109)."""
+        """(B, 3, S, S) normalised, K of the crops -> a state from each rectifier, (3, B, 109)."""
         tokens = self.backbone.tokens(crops)
         with torch.autocast(crops.device.type, enabled=False):
             tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
             side = self.backbone.side
             maps = tokens[:, 1:].mT.unflatten(2, (side, side))
-            state, states = self.start.expand(len(crops), -1), []
+            state = self.start.expand(len(crops), -1)
+            states = []
             for rectifier in self.rectifiers:
-                state = state.detach()                       # PyMAF: no gradient through the feedback
+                state = state.detach()              # PyMAF: no gradient through the feedback
                 sampled = sample(maps, self.where(state, K), self.size, self.pymaf)
                 state = state + rectifier(sampled, tokens[:, 0], state)
                 states.append(state)
@@ -739,7 +752,8 @@ class HandNet(nn.Module):
     def where(self, state: Tensor, K: Tensor) -> Tensor:
         """The key points of a state in the crop, (B, 21, 2) px, kept within twice its size.
 
-        Always the chain's joints: those regressed from the mesh lie a millimetre beside, and cost it.
+        Always the chain's joints: those regressed from the mesh lie a millimetre beside, and would
+        cost a whole mesh.
         """
         R, beta, t = self.unpack(state, K)
         joints = self.mano.joints(R, beta)
@@ -749,8 +763,8 @@ class HandNet(nn.Module):
     def unpack(self, state: Tensor, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """State (B, 109), K of the crops -> R (B, 16, 3, 3), beta (B, 10), t (B, 3) m.
 
-        camera = (log scale, x, y): the wrist is seen at (x, y) in half crops from the centre, and at
-        its depth a metre spans 10 exp(log scale) half crops: Z = f / (S / 2 x that).
+        camera = (log scale, x, y): the wrist is seen at (x, y) in half crops from the centre, and
+        at its depth a metre spans 10 exp(log scale) half crops: Z = f / (S / 2 x that).
         """
         pose, beta, camera = state.split([96, 10, 3], 1)
         pixel = (self.size - 1) / 2 + self.size / 2 * camera[:, 1:]
@@ -766,20 +780,25 @@ class HandNet(nn.Module):
         verts, joints = self.mano(R, beta)
         joints = self.mano.regress(verts) if self.regressed else joints
         wrist = joints[:, :1]
-        verts, joints = verts - wrist, joints - wrist
-        return Hand(R, beta, t, verts, joints, project(joints + t[:, None], K), t - wrist[:, 0])
+        rooted = joints - wrist
+        return Hand(R=R, beta=beta, t=t, verts=verts - wrist, joints=rooted,
+                    uv=project(rooted + t[:, None], K), trans=t - wrist[:, 0])
 
     def predict(self, batch: dict) -> dict[str, Tensor]:
-        """{"image", "K"} -> joints, verts, trans, root, m in the camera frame; uv, px of image; pose,
-        shape. root and trans are NaN where K is not known."""
-        image, finite = batch["image"], batch["K"].isfinite().flatten(1).all(1)
+        """{"image", "K"} -> joints, verts, trans, root (m), uv (px of image), pose, shape.
+
+        In the camera frame; root and trans are NaN where K is not known.
+        """
+        image = batch["image"]
+        known = batch["K"].isfinite().flatten(1).all(1)[:, None]
         A = plain_crop(image.shape[-1], self.size, image.device).expand(len(image), 3, 3)
         K = A @ view_intrinsics(batch)
         with autocast(image.device):
             states = self(normalise(warp(image, A, self.size)), K)
         hand = self.hand(states[-1], K)
-        root, trans = (torch.where(finite[:, None], x, math.nan) for x in (hand.t, hand.trans))
-        return {"joints": hand.joints, "verts": hand.verts, "root": root, "trans": trans,
+        return {"joints": hand.joints, "verts": hand.verts,
+                "root": torch.where(known, hand.t, math.nan),
+                "trans": torch.where(known, hand.trans, math.nan),
                 "uv": transform(invert(A), hand.uv), "pose": hand.R, "shape": hand.beta}
 
 
@@ -793,14 +812,15 @@ def build(cfg: Config) -> HandNet:
     return HandNet(cfg)
 
 
-# ---- Training -------------------------------------------------------------------------------------
+# ---- Training -----------------------------------------------------------------------------------
 
 
 def cosine(step: int, steps: int, first: float, last: float, warm: int = 0) -> float:
     """0 to `first` over `warm` steps, both ends included, then half a cosine to `last` (iBOT)."""
     if step < warm:
         return first * step / max(1, warm - 1)
-    return last + (first - last) / 2 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    done = (step - warm) / max(1, steps - warm)
+    return last + (first - last) / 2 * (1 + math.cos(math.pi * done))
 
 
 def lr_at(step: int, cfg: Config, steps: int) -> float:
@@ -821,20 +841,21 @@ def teacher_tau(epoch: int, warm: int = TEACHER_TAU_EPOCHS) -> float:
 
 
 def pretrain_step(net: nn.Module, batch: dict, cfg: Config, epoch: int) -> dict[str, Tensor]:
-    """One micro-batch: the terms of Eq. 10, their sum, and the means that the centres are made of."""
-    model = net.module if hasattr(net, "module") else net
+    """One micro-batch: the terms of Eq. 10, their sum, and the means that centres are made of."""
+    model = unwrapped(net)
     vit = model.student.backbone
     views, view, masks = make_views(batch, cfg, epoch, vit.side)
     keep = draw_paths(batch["index"], len(vit.blocks), cfg, epoch)
-    with autocast(views.device):                    # the network only: bfloat16 matrices miss pixels
+    with autocast(views.device):                # the network only: bfloat16 matrices miss pixels
         out = net(views, masks, view, keep)
-    tau, times = teacher_tau(epoch), 2 if "summed" in cfg.variant else 1
+    tau = teacher_tau(epoch)
+    times = 2 if "summed" in cfg.variant else 1
     L_pose = times * pose_loss(out.student, out.teacher, model.centre, tau)
-    L_patch = times * patch_loss(out.student_patch, out.teacher_patch, model.centre_patch, out.weight,
-                                 tau)
-    flat = lambda x: x.flatten(0, 1)
-    L_recon = L_pose.new_zeros(()) if out.pictures is None else recon_loss(
-        flat(out.pictures), flat(views), flat(masks))
+    L_patch = times * patch_loss(out.student_patch, out.teacher_patch, model.centre_patch,
+                                 out.weight, tau)
+    L_recon = L_pose.new_zeros(())
+    if out.pictures is not None:
+        L_recon = recon_loss(out.pictures.flatten(0, 1), views.flatten(0, 1), masks.flatten(0, 1))
     on = {name: float(f"no-{name}" not in cfg.variant) for name in ("pose", "patch")}
     loss = on["pose"] * L_pose + on["patch"] * L_patch + L_recon                          # Eq. 10
     return {"loss": loss, "L_pose": L_pose, "L_patch": L_patch, "L_recon": L_recon,
@@ -843,21 +864,33 @@ def pretrain_step(net: nn.Module, batch: dict, cfg: Config, epoch: int) -> dict[
 
 
 def clip_each(gradients: list[Tensor], limit: float) -> None:
-    """Scale every gradient by its own norm to at most `limit`, in place (DINO and iBOT, not global)."""
+    """Scale each gradient by its own norm to at most `limit`, in place (DINO, iBOT; not global)."""
     for gradient, norm in zip(gradients, torch._foreach_norm(gradients)):
         gradient.mul_((limit / (norm + 1e-6)).clamp(max=1))
 
 
+def freeze_prototypes(model: HandMIM, step: int, cfg: Config, steps: int) -> None:
+    """iBOT: no gradient for the prototypes in the first epoch, at most in a tenth of the run (1).
+
+    Without a gradient AdamW neither moves nor decays them.
+    """
+    last = model.student.head.last_layer
+    if last is not None and step < min(FROZEN_EPOCHS, cfg.epochs / 10) * steps:
+        for p in last.parameters():
+            p.grad = None
+
+
 @torch.no_grad()
 def update_teacher(model: HandMIM, momentum: float) -> None:
-    """Sec. 2.3: every number of the teacher moves to momentum x itself + (1 - momentum) x student's."""
-    teacher, student = list(model.teacher.parameters()), list(model.student.parameters())
+    """Sec. 2.3: the teacher's numbers become momentum x themselves + (1 - momentum) x student's."""
+    teacher = list(model.teacher.parameters())
+    student = list(model.student.parameters())
     torch._foreach_lerp_(teacher, student, 1 - momentum)
 
 
 @torch.no_grad()
 def update_centres(model: HandMIM, mean: Tensor, mean_patch: Tensor) -> None:
-    """Centres move a tenth toward this step's mean logits, of all micro-batches and processes (9)."""
+    """Centres move a tenth toward the step's mean logits, of all of its pictures (9)."""
     for centre, now in ((model.centre, mean), (model.centre_patch, mean_patch)):
         if world() > 1:
             torch.distributed.all_reduce(now)
@@ -865,133 +898,142 @@ def update_centres(model: HandMIM, mean: Tensor, mean_patch: Tensor) -> None:
         centre.lerp_(now.to(centre.dtype), 1 - CENTRE_MOMENTUM)
 
 
-@torch.no_grad()
-def pretrain_update(model: HandMIM, optimizer: torch.optim.Optimizer, sums: dict[str, Tensor],
-                    cfg: Config, step: int, steps: int) -> None:
-    """After a step's gradients: clip, student, teacher, centres; takes their means off `sums`."""
-    total = cfg.epochs * steps
-    clip_each([p.grad for p in model.parameters() if p.grad is not None], CLIP)
-    last = model.student.head.last_layer
-    if last is not None and step < min(FROZEN_EPOCHS, cfg.epochs / 10) * steps:
-        for p in last.parameters():
-            p.grad = None                           # AdamW then neither moves nor decays it
-    decay = cosine(step, total, cfg.weight_decay / 10, cfg.weight_decay)
-    optimizer.param_groups[0]["weight_decay"] = decay
-    optimizer.step()
-    update_teacher(model, cosine(step, total, cfg.teacher_momentum, 1.0))
-    update_centres(model, sums.pop("centre"), sums.pop("centre_patch"))
-
-
 def finetune_step(net: nn.Module, batch: dict, cfg: Config, epoch: int) -> dict[str, Tensor]:
     """Eq. 11 and 12 for one micro-batch, over all three outputs (11, 13)."""
-    model, has, S = net.module if hasattr(net, "module") else net, batch["has"], cfg.image_size
+    model = unwrapped(net)
     A, angle = draw_crop(batch["index"], batch["image"].shape[-1], cfg, epoch)
-    crops = jitter_colour(warp(batch["image"], A, S) / 255, draw_colour(batch["index"], cfg, epoch))
+    factors = draw_colour(batch["index"], cfg, epoch)
+    crops = jitter_colour(warp(batch["image"], A, cfg.image_size) / 255, factors)
     K = crop_intrinsics(A, view_intrinsics(batch), angle)
     with autocast(crops.device):
-        states = net(normalise(255 * crops), K)
-    many = lambda x: x.repeat(len(states), *[1] * (x.ndim - 1))                 # (3 B, ...)
-    hand, true = model.hand(states.flatten(0, 1), many(K)), hand_targets(batch, A, angle)
-    ok = batch["joints_ok"] & batch["joints_ok"][:, :1]                         # no wrist: no root
-    seen = true.uv.isfinite().all(-1)
-    square = lambda a, b: (a - many(b.nan_to_num())).square()
-    metres = lambda a, b, on: 10 * masked((a - many(b.nan_to_num())).abs().sum(-1), many(on))
-    L_theta = masked(square(hand.R, true.R).sum((2, 3)).mean(1), many(has["pose"]))
-    L_beta = masked(square(hand.beta, true.beta).mean(1), many(has["shape"]))
-    L_t = masked(square(hand.t, true.t).sum(1), many(ok[:, 0] & has["K"]))
-    L_vert = metres(hand.verts, true.verts, (has["verts"] & ok[:, 0])[:, None].expand(-1, N_VERTS))
-    L_3d = metres(hand.joints, true.joints, ok)
-    L_2d = masked((hand.uv - many(true.uv.nan_to_num())).abs().sum(-1) / (S / 2), many(seen))
-    L_mano, L_kpt = L_theta + 0.01 * L_beta + 10 * L_t, L_3d + L_2d              # Eq. 12
+        states = net(normalise(255 * crops), K)                                 # (3, B, 109)
+    outputs = len(states)
+    hand = model.hand(states.flatten(0, 1), repeated(K, outputs))               # 3 B hands
+    labels, known = hand_targets(batch, A, angle)
+    true = Hand(*(repeated(x.nan_to_num(), outputs) for x in labels))
+    on = Known(*(repeated(x, outputs) for x in known))
+    L_theta = masked((hand.R - true.R).square().sum((2, 3)).mean(1), on.pose)
+    L_beta = masked((hand.beta - true.beta).square().mean(1), on.shape)
+    L_t = masked((hand.t - true.t).square().sum(1), on.t)
+    L_vert = 10 * masked((hand.verts - true.verts).abs().sum(-1), on.verts)
+    L_3d = 10 * masked((hand.joints - true.joints).abs().sum(-1), on.joints)
+    L_2d = masked((hand.uv - true.uv).abs().sum(-1) / (cfg.image_size / 2), on.uv)
+    L_mano = L_theta + 0.01 * L_beta + 10 * L_t
+    L_kpt = L_3d + L_2d                                                         # Eq. 12
     return {"loss": L_mano + L_vert + L_kpt, "L_theta": L_theta, "L_beta": L_beta, "L_t": L_t,
-            "L_vert": L_vert, "L_3d": L_3d, "L_2d": L_2d}                        # Eq. 11
+            "L_vert": L_vert, "L_3d": L_3d, "L_2d": L_2d}                       # Eq. 11
+
+
+def repeated(x: Tensor, times: int) -> Tensor:
+    """A batch (B, ...), whole, one `times` after the other: (times x B, ...)."""
+    return x.repeat(times, *[1] * (x.ndim - 1))
 
 
 def masked(loss: Tensor, on: Tensor) -> Tensor:
-    """Mean of a loss (n, ...) where `on`; 0 where nothing is. Fill NaN before, or gradients are NaN."""
+    """Mean of a loss (n, ...) where `on`, 0 where nothing is; NaN filled before, for gradients."""
     return torch.where(on, loss, 0).sum() / on.sum().clamp(min=1)
 
 
-def hand_targets(batch: dict, A: Tensor, angle: Tensor) -> Hand:
-    """The labels in the frame of a crop turned by `angle` (B,) rad; what is unknown stays NaN."""
+class Known(NamedTuple):
+    """Which labels a batch of hands has, bool."""
+
+    pose: Tensor                # (B,)
+    shape: Tensor               # (B,)
+    t: Tensor                   # (B,)
+    verts: Tensor               # (B, 778)
+    joints: Tensor              # (B, 21)
+    uv: Tensor                  # (B, 21)
+
+
+def hand_targets(batch: dict, A: Tensor, angle: Tensor) -> tuple[Hand, Known]:
+    """The labels in the frame of a crop turned by `angle` (B,) rad; what is unknown stays NaN.
+
+    Without a wrist nothing can be rooted, so vertices, joints and t then count as unknown.
+    """
     R = axis_angle_to_matrix(batch["pose"].nan_to_num().unflatten(-1, (16, 3)))
     turned = rotate_z(angle, R[:, 0].mT).mT                                     # columns are points
-    joints, verts = (rotate_z(angle, batch[key]) for key in ("joints", "verts"))
+    joints = rotate_z(angle, batch["joints"])
+    verts = rotate_z(angle, batch["verts"])
     wrist = joints[:, :1]
-    return Hand(torch.cat([turned[:, None], R[:, 1:]], 1), batch["shape"], wrist[:, 0], verts - wrist,
-                joints - wrist, transform(A, batch["uv"]), wrist[:, 0])
+    true = Hand(R=torch.cat([turned[:, None], R[:, 1:]], 1), beta=batch["shape"], t=wrist[:, 0],
+                verts=verts - wrist, joints=joints - wrist, uv=transform(A, batch["uv"]),
+                trans=wrist[:, 0])
+    has = batch["has"]
+    rooted = batch["joints_ok"][:, 0]
+    known = Known(pose=has["pose"], shape=has["shape"], t=rooted & has["K"],
+                  verts=(has["verts"] & rooted)[:, None].expand(-1, N_VERTS),
+                  joints=batch["joints_ok"] & rooted[:, None], uv=true.uv.isfinite().all(-1))
+    return true, known
 
 
-def finetune_update(model: HandNet, optimizer: torch.optim.Optimizer, sums: dict[str, Tensor],
-                    cfg: Config, step: int, steps: int) -> None:
-    """After a step's gradients: Adam alone."""
-    optimizer.step()
-
-
-def train(cfg: Config, folder: Path, model: nn.Module, data: Any, device: torch.device,
-          train_step: Callable, update: Callable, after_epoch: Callable) -> None:
-    """The loop of both stages; everything it needs to go on after a crash is in `run`."""
-    steps = steps_per_epoch(len(data), cfg.batch_size)
-    optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay))
-    net = parallel(model, device, cfg.compile)
-    run = Run(folder, METHOD, cfg, model, optimizer, total=cfg.epochs * steps)
-    if cfg.epochs == 0:
-        after_epoch(run, -1)
-        run.save()
-    for epoch in range(run.step // steps, cfg.epochs):
-        model.train()
-        for step, micro_batches in training_steps(data, cfg, epoch, run.step % steps, device):
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(run.step, cfg, steps)
-            sums: dict[str, Tensor] = {}
-            for k, batch in enumerate(micro_batches, 1):
-                with accumulate(net, last=k == len(micro_batches)):
-                    terms = train_step(net, batch, cfg, epoch)
-                    (terms["loss"] / len(micro_batches)).backward()
-                sums = {n: sums.get(n, 0) + t.detach() / len(micro_batches) for n, t in terms.items()}
-            update(model, optimizer, sums, cfg, run.step, steps)
-            optimizer.zero_grad(set_to_none=True)
-            run.advance(sums, epoch, lr=group["lr"], may_save=step + 1 < steps)
-        run.log(epoch=epoch + 1, **after_epoch(run, epoch))
-        run.save()
-
-
-def pretrain(cfg: Config, out: Path, device: torch.device, file: str = "backbone.pt") -> None:
-    """Sec. 3.1 on pictures without labels; writes the teacher's ViT to OUT/`file`."""
-    known = IBOT_VARIANTS if cfg.objective == "ibot" else set(VARIANTS) - FINETUNE_VARIANTS - {"our-views"}
+def check_pretraining(cfg: Config) -> None:
+    """UserError for variants that pre-training does not know, or that exclude each other."""
+    own = set(VARIANTS) - FINETUNE_VARIANTS - {"our-views"}
+    known = IBOT_VARIANTS if cfg.objective == "ibot" else own
     if wrong := set(cfg.variant) - known:
-        raise UserError(f"--variant {' '.join(sorted(wrong))}: pre-training with --objective {cfg.objective} knows "
-                        f"{', '.join(sorted(known))}")
+        raise UserError(f"--variant {' '.join(sorted(wrong))}: pre-training with --objective "
+                        f"{cfg.objective} knows {', '.join(sorted(known))}")
     if cfg.freeze_blocks:
         raise UserError("--freeze-blocks belongs to --finetune")
     if {"reading-a", "reading-c"} <= set(cfg.variant):
         raise UserError("--variant: a class token has one reading; take reading-a or reading-c")
+
+
+def pretrain(cfg: Config, out: Path, device: torch.device, file: str = "backbone.pt") -> None:
+    """Sec. 3.1 on pictures without labels; writes the teacher's ViT to OUT/`file`."""
+    check_pretraining(cfg)
     torch.manual_seed(cfg.seed)
-    model, folder = HandMIM(cfg), out / f"pretrain-{'-'.join((cfg.objective, *cfg.variant))}"
+    model = HandMIM(cfg)
+    folder = out / f"pretrain-{'-'.join((cfg.objective, *cfg.variant))}"
+    vit = model.teacher.backbone
     if cfg.init != "random":
         say(load_backbone(model.student.backbone, cfg.init))
         model.teacher.load_state_dict(model.student.state_dict())
-    specs = tuple(cut_photos(spec, cfg) for spec in cfg.data)
-    data = open_data(cfg, specs, "train", round(VIEW_STORE * cfg.image_size), VIEW_MARGIN, device)
-    vit = model.teacher.backbone
+    specs = tuple(cut_photos(spec, cfg.root, cfg.cache, VIEW_MARGIN) for spec in cfg.data)
+    stored = round(VIEW_STORE * cfg.image_size)
+    data = open_data(cfg, specs, "train", stored, VIEW_MARGIN, device)
+    steps = steps_per_epoch(len(data), cfg.batch_size)
+    total = cfg.epochs * steps
     say(f"pre-training {cfg.objective} on {len(data):,} pictures: ViT {parameters(vit):.1f} M "
         f"parameters, head {parameters(model.teacher.head):.1f} M, decoder "
-        f"{parameters(model.decoder):.1f} M from blocks {model.taps}, "
-        f"{steps_per_epoch(len(data), cfg.batch_size)} steps an epoch, peak rate "
-        f"{cfg.lr * cfg.batch_size / 1024:.3g}")
+        f"{parameters(model.decoder):.1f} M from blocks {model.taps}, {steps} steps an epoch, peak "
+        f"rate {cfg.lr * cfg.batch_size / 1024:.3g}")
     if rank() == 0:
         draw_pretraining(folder, data, cfg, device, vit.side)
 
-    def after_epoch(run: Run, epoch: int) -> dict[str, float]:
+    optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay))
+    net = parallel(model, device, cfg.compile)
+    run = Run(folder, METHOD, cfg, model, optimizer, total=total)
+    for epoch in range(run.step // steps, cfg.epochs):
+        model.train()
+        for step, micro_batches in training_steps(data, cfg, epoch, run.step % steps, device):
+            rate = lr_at(run.step, cfg, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            decay = cosine(run.step, total, cfg.weight_decay / 10, cfg.weight_decay)
+            optimizer.param_groups[0]["weight_decay"] = decay
+            sums: dict[str, Tensor] = {}
+            for k, batch in enumerate(micro_batches, 1):
+                with accumulate(net, last=k == len(micro_batches)):
+                    terms = pretrain_step(net, batch, cfg, epoch)
+                    (terms["loss"] / len(micro_batches)).backward()
+                for name, term in terms.items():
+                    sums[name] = sums.get(name, 0) + term.detach() / len(micro_batches)
+            clip_each([p.grad for p in model.parameters() if p.grad is not None], CLIP)
+            freeze_prototypes(model, run.step, cfg, steps)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            update_teacher(model, cosine(run.step, total, cfg.teacher_momentum, 1.0))
+            update_centres(model, sums.pop("centre"), sums.pop("centre_patch"))
+            run.advance(sums, epoch, lr=rate, may_save=step + 1 < steps)
+        measured = {}
         last = epoch + 1 == cfg.epochs
-        if not cfg.probe_every or ((epoch + 1) % cfg.probe_every and not last):
-            return {}
-        side, S = stored_side(cfg), cfg.image_size
-        A = plain_crop(side, S, device)
-        encode = lambda image: vit.tokens(normalise(warp(image, A.expand(len(image), 3, 3), S)))[:, 0]
-        return {"probe_mpjpe_mm": probe_error(model, encode, cfg, side, MARGIN, device)}
-
-    train(cfg, folder, model, data, device, pretrain_step, pretrain_update, after_epoch)
+        if cfg.probe_every and (last or (epoch + 1) % cfg.probe_every == 0):
+            measured["probe_mpjpe_mm"] = probe(model, cfg, device)
+        run.log(epoch=epoch + 1, **measured)
+        run.save()
+    if cfg.epochs == 0:
+        run.save()
     if rank() == 0:
         save_checkpoint(out / file, cpu_state(vit))
         draw_recovered(folder, model, data, cfg, device)
@@ -999,20 +1041,35 @@ def pretrain(cfg: Config, out: Path, device: torch.device, file: str = "backbone
     say(f"wrote {out / file}")
 
 
+def probe(model: HandMIM, cfg: Config, device: torch.device) -> float:
+    """mm MPJPE of a ridge regression on the teacher's class tokens; the model ends in eval mode."""
+    side = stored_side(cfg)
+    A = plain_crop(side, cfg.image_size, device)
+
+    def encode(image: Tensor) -> Tensor:
+        crops = warp(image, A.expand(len(image), 3, 3), cfg.image_size)
+        return model.teacher.backbone.tokens(normalise(crops))[:, 0]
+
+    return probe_error(model, encode, cfg, side, MARGIN, device)
+
+
 def finetune(cfg: Config, out: Path, row: str, device: torch.device) -> None:
     """Sec. 3.2: the whole network on labels; best.pt is the best epoch on the validation split."""
     if wrong := set(cfg.variant) - FINETUNE_VARIANTS:
         raise UserError(f"--variant {' '.join(sorted(wrong))}: fine-tuning knows "
                         f"{', '.join(sorted(FINETUNE_VARIANTS))}")
-    side, folder, target = stored_side(cfg), out / f"finetune-{row}", (cfg.finetune,)
     torch.manual_seed(cfg.seed)
     model = HandNet(cfg)
+    folder = out / f"finetune-{row}"
     if cfg.init != "random":
         say(load_backbone(model.backbone, cfg.init))
     freeze(model.backbone, cfg.freeze_blocks)
-    data = open_data(cfg, target, "train", side, MARGIN, device, labelled=True)
-    val, mean = open_data(cfg, target, "val", side, MARGIN, device), mean_hand(data)
+    side = stored_side(cfg)
+    data = open_data(cfg, (cfg.finetune,), "train", side, MARGIN, device, labelled=True)
+    val = open_data(cfg, (cfg.finetune,), "val", side, MARGIN, device)
+    mean = mean_hand(data)
     model.start_at(mean)
+    steps = steps_per_epoch(len(data), cfg.batch_size)
     if rank() == 0:
         draw_crops(folder, data, cfg, device)
     say(f"fine-tuning {row} on {mean['labels']:,} labelled hands, validated on {len(val):,}: ViT "
@@ -1020,9 +1077,31 @@ def finetune(cfg: Config, out: Path, row: str, device: torch.device) -> None:
         f"{parameters(model.rectifiers):.1f} M, {cfg.freeze_blocks} blocks frozen")
 
     about = {"method": METHOD, "row": row, "mean": mean}
-    after_epoch = lambda run, epoch: keep_best(run, epoch, val, cfg, device, about)
-    train(cfg, folder, model, data, device, finetune_step, finetune_update, after_epoch)
-    barrier()                                                       # others read what the first wrote
+    optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay))
+    net = parallel(model, device, cfg.compile)
+    run = Run(folder, METHOD, cfg, model, optimizer, total=cfg.epochs * steps)
+    for epoch in range(run.step // steps, cfg.epochs):
+        model.train()
+        for step, micro_batches in training_steps(data, cfg, epoch, run.step % steps, device):
+            rate = lr_at(run.step, cfg, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            sums: dict[str, Tensor] = {}
+            for k, batch in enumerate(micro_batches, 1):
+                with accumulate(net, last=k == len(micro_batches)):
+                    terms = finetune_step(net, batch, cfg, epoch)
+                    (terms["loss"] / len(micro_batches)).backward()
+                for name, term in terms.items():
+                    sums[name] = sums.get(name, 0) + term.detach() / len(micro_batches)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            run.advance(sums, epoch, lr=rate, may_save=step + 1 < steps)
+        run.log(epoch=epoch + 1, **keep_best(run, epoch, val, cfg, device, about))
+        run.save()
+    if cfg.epochs == 0:                                    # released weights, as they are
+        keep_best(run, -1, val, cfg, device, about)
+        run.save()
+    barrier()                                              # others read what the first wrote
 
 
 def freeze(vit: nn.Module, blocks: int) -> None:
@@ -1046,7 +1125,7 @@ def some(data: Any, n: int, device: torch.device) -> dict:
 
 @torch.no_grad()
 def draw_pretraining(folder: Path, data: Any, cfg: Config, device: torch.device, grid: int) -> None:
-    """views.png: two views of six samples with their key points, and what the student sees of them."""
+    """views.png: two views of six samples with key points, and what the student sees of them."""
     batch = some(data, 6, device)
     views, view, masks = make_views(batch, cfg, 0, grid)
     uv = transform(view.A, batch["uv"][:, None])
@@ -1060,14 +1139,16 @@ def draw_pretraining(folder: Path, data: Any, cfg: Config, device: torch.device,
 def hide(pictures: Tensor, masks: Tensor, instead: Tensor | None = None) -> Tensor:
     """Pictures (B, 3, S, S) in 0..1, the masked patches (B, N) grey or from other pictures."""
     grid = math.isqrt(masks.shape[1])
-    mask = F.interpolate(masks.view(-1, 1, grid, grid).float(), scale_factor=pictures.shape[-1] // grid)
+    mask = masks.view(-1, 1, grid, grid).float()
+    mask = F.interpolate(mask, scale_factor=pictures.shape[-1] // grid)
     instead = torch.full_like(pictures, 0.5) if instead is None else instead
     return torch.where(mask > 0, instead, pictures)
 
 
 @torch.no_grad()
-def draw_recovered(folder: Path, model: HandMIM, data: Any, cfg: Config, device: torch.device) -> None:
-    """recovered.png: six views, what the student sees of them, and with hidden patches recovered."""
+def draw_recovered(folder: Path, model: HandMIM, data: Any, cfg: Config,
+                   device: torch.device) -> None:
+    """recovered.png: six views, what the student sees of them, with hidden patches recovered."""
     if model.decoder is None:
         return
     model.eval()
@@ -1089,33 +1170,38 @@ def draw_crops(folder: Path, data: Any, cfg: Config, device: torch.device) -> No
     sheet(folder / "views.png", [drawn[:4], drawn[4:]])
 
 
-# ---- CLI ------------------------------------------------------------------------------------------
+# ---- CLI ----------------------------------------------------------------------------------------
 
 
 def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
     """One stage, or with --quick all of them: Tab. 3 in small."""
     given = remember(out, recall(given | {"out": str(out)}))
-    make = lambda stage, **more: settle(Config, given | more, stage, QUICK)
+
+    def config(stage: str, **more: Any) -> Config:
+        return settle(Config, given | more, stage, QUICK)
+
     if given.get("quick"):
-        inits = {"scratch": "random", "ibot": str(out / "backbone-ibot.pt"),
-                 "-".join((METHOD, *given.get("variant", ()))): str(out / "backbone.pt")}
         every = given.get("variant", ())
         tuning = tuple(name for name in every if name in FINETUNE_VARIANTS)
-        first = dict(variant=tuple(name for name in every if name not in tuning), freeze_blocks=0)
-        pretrain(make("pretrain", objective="ibot", **first | dict(variant=())), out, device, "backbone-ibot.pt")
-        pretrain(make("pretrain", objective="handmim", **first), out, device)
+        before = tuple(name for name in every if name not in FINETUNE_VARIANTS)
+        ibot = config("pretrain", objective="ibot", variant=(), freeze_blocks=0)
+        pretrain(ibot, out, device, "backbone-ibot.pt")
+        ours = config("pretrain", objective="handmim", variant=before, freeze_blocks=0)
+        pretrain(ours, out, device)
+        inits = {"scratch": "random", "ibot": str(out / "backbone-ibot.pt"),
+                 "-".join((METHOD, *every)): str(out / "backbone.pt")}
+        target = given.get("finetune") or ours.data[0]
         for row, init in inits.items():
-            target = given.get("finetune") or make("pretrain").data[0]
-            cfg = make("finetune", init=init, finetune=target, variant=tuning)
+            cfg = config("finetune", init=init, finetune=target, variant=tuning)
             finetune(cfg, out, row, device)
         report(cfg, out, list(inits), device, build, stored_side(cfg), MARGIN)
     elif given.get("finetune"):
-        cfg = make("finetune")
+        cfg = config("finetune")
         row = "-".join((row_name(cfg.init), *cfg.variant))
         finetune(cfg, out, row, device)
         report(cfg, out, [row], device, build, stored_side(cfg), MARGIN)
     else:
-        pretrain(make("pretrain"), out, device)
+        pretrain(config("pretrain"), out, device)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,18 +19,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 import common
-from sources.pictures import _hand_detector
 import handmim
 from common import (
     Mano, UserError, ViT, axis_angle_to_matrix, load_backbone, matrix_to_six_d, rotate_z,
     rotation, settle, six_d_to_matrix, transform, warp)
 from hand.builtin import builtin_hand
 from handmim import (Config, Decoder, HandMIM, HandNet, Head, PointMlp, View, block_mask, cosine,
-                     crop_intrinsics, draw_mask, draw_paths, draw_view, draw_views, finetune_step, lr_at,
-                     make_views, move, patch_loss, pose_loss, pretrain_step, pretrain_update, random_mask,
+                     crop_intrinsics, draw_mask, draw_paths, draw_view, draw_views, finetune_step, in_latent_units, lr_at,
+                     make_views, move, patch_loss, pose_loss, pretrain_step, random_mask,
                      recon_loss, sample, taps_of, teacher_tau, undo, update_centres, walk)
 
 ROOT = Path(__file__).parent.parent
@@ -96,7 +94,7 @@ def test_undoing_what_a_view_did_gives_the_points_back():
     # in latent units: a view side is the points' own range, here gamma x that of the source's points
     unit = (points.amax(1) - points.amin(1)) * view.gamma[:, None]
     moved = move(points, view._replace(shift=view.shift * unit))
-    assert (undo(moved, view, scaled=True) - points).abs().max() < 1e-12
+    assert (undo(moved, in_latent_units(view, moved)) - points).abs().max() < 1e-12
 
 
 def test_the_order_the_centre_and_the_shift_all_matter():
@@ -118,7 +116,8 @@ def test_the_order_the_centre_and_the_shift_all_matter():
 
 def test_the_undone_latent_follows_the_scale_of_the_latent():
     view, points = drawn()
-    assert torch.allclose(undo(7 * points, view, scaled=True), 7 * undo(points, view, scaled=True))
+    undone = undo(points, in_latent_units(view, points))
+    assert torch.allclose(undo(7 * points, in_latent_units(view, 7 * points)), 7 * undone)
 
 
 def test_pictures_move_as_points_do():
@@ -434,7 +433,8 @@ def test_a_pass_scores_hidden_patches_and_aligned_class_tokens():
             zt = t.head(t.backbone.tokens(views[i, v][None]))[0]
             one = View(*(x[i, v] for x in view))
             for z, net, found in ((zs, s, out.student), (zt, t, out.teacher)):
-                points = undo(z[0].view(128, 2), one, scaled=True).flatten()
+                points = z[0].view(128, 2)
+                points = undo(points, in_latent_units(one, points)).flatten()
                 g, w = net.head.last_layer.weight_g, net.head.last_layer.weight_v
                 logits = (g * w / w.norm(dim=1, keepdim=True)) @ (points / points.norm())
                 assert torch.allclose(found[i, v], logits, atol=1e-4)
@@ -461,7 +461,7 @@ def test_reading_c_cannot_see_the_shift():
     """Softmax forgets a common offset: along one axis the undone shift is one (notes of reading C)."""
     view, points = drawn(8)
     still = view._replace(shift=torch.zeros_like(view.shift))
-    p, q = (undo(points, v, scaled=True).mT.softmax(-1) for v in (view, still))
+    p, q = (undo(points, in_latent_units(v, points)).mT.softmax(-1) for v in (view, still))
     assert torch.allclose(p, q, atol=1e-12)
 
 
@@ -484,11 +484,12 @@ def two_steps(variant, objective="handmim"):
     cfg = Config(**TINY, variant=variant, objective=objective)
     model, batch = HandMIM(cfg), batch_of()
     optimizer = torch.optim.AdamW(common.decay_groups(model, cfg.weight_decay), 1e-2)
-    for step in range(2):
+    for _ in range(2):
         terms = pretrain_step(model, batch, cfg, 0)
         terms["loss"].backward()
-        pretrain_update(model, optimizer, terms, cfg, step, 2)
+        optimizer.step()
         optimizer.zero_grad()
+        update_centres(model, terms["centre"], terms["centre_patch"])
     return float(terms["loss"].detach()), model.student.backbone.patch_embed.proj.weight.detach().clone()
 
 
@@ -545,34 +546,36 @@ def test_bfloat16_is_for_the_network_only(monkeypatch):
 # ---- Teacher, centres, clipping
 
 
-def test_a_step_clips_each_tensor_freezes_prototypes_and_moves_the_teacher():
+def test_each_gradient_is_clipped_by_its_own_norm():
+    """iBOT's 3: (30, 40) has norm 50 and becomes (1.8, 2.4); (1, 2) stays."""
+    gradients = [torch.tensor([30.0, 40.0]), torch.tensor([1.0, 2.0])]
+    handmim.clip_each(gradients, handmim.CLIP)
+    assert gradients[0].tolist() == pytest.approx([1.8, 2.4]) and gradients[1].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("epochs, step, frozen", [(40, 0, True), (40, 9, True), (40, 10, False), (1, 0, True), (1, 1, False)])
+def test_prototypes_keep_still_for_an_epoch_or_a_tenth_of_the_run(epochs, step, frozen):
+    """Of ten steps an epoch: ten of a run of 40 epochs, one of a run of one epoch."""
+    model = HandMIM(Config(**TINY))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    handmim.freeze_prototypes(model, step, Config(**TINY, epochs=epochs), 10)
+    last = model.student.head.last_layer
+    assert all((p.grad is None) == frozen for p in last.parameters())
+    assert all(p.grad is not None for n, p in model.student.named_parameters() if "last_layer" not in n)
+
+
+def test_the_teacher_follows_by_its_momentum():
     torch.manual_seed(0)
-    cfg = Config(**TINY, epochs=40, teacher_momentum=0.9)
-    model = HandMIM(cfg)
-    optimizer = torch.optim.AdamW(common.decay_groups(model, 0.0), lr=0.1)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    for p in model.parameters():
-        p.grad = torch.full_like(p, 100.0) if p.requires_grad else None
-    weight = model.student.head.mlp[0].weight
-    sums = {"centre": torch.ones(16), "centre_patch": torch.full((16,), 2.0)}
-    pretrain_update(model, optimizer, sums, cfg, 0, 10)
-    assert float(weight.grad.norm()) == pytest.approx(3.0, rel=1e-5)                 # CLIP, each its own
-    assert float(model.student.head.mlp[2].weight.grad.norm()) == pytest.approx(3.0, rel=1e-5)
-    after = model.state_dict()
-    for name in ("weight_v", "weight_g"):                                # still in epoch 1 of 40
-        assert torch.equal(after[f"student.head.last_layer.{name}"], before[f"student.head.last_layer.{name}"])
-    name = "backbone.patch_embed.proj.weight"
-    expected = 0.9 * before[f"teacher.{name}"] + 0.1 * after[f"student.{name}"]
-    assert torch.allclose(after[f"teacher.{name}"], expected, atol=1e-7)
-    assert not torch.equal(after[f"student.{name}"], before[f"student.{name}"])
-    assert torch.allclose(model.centre, torch.full((16,), 0.1)) and not sums
-    assert torch.allclose(model.centre_patch, torch.full((16,), 0.2))
-    assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.04)
-    assert optimizer.param_groups[1]["weight_decay"] == 0
-    for p in model.parameters():
-        p.grad = torch.full_like(p, 100.0) if p.requires_grad else None
-    pretrain_update(model, optimizer, {"centre": torch.ones(16), "centre_patch": torch.ones(16)}, cfg, 10, 10)
-    assert not torch.equal(model.student.head.last_layer.weight_v, before["student.head.last_layer.weight_v"])
+    model = HandMIM(Config(**TINY))
+    with torch.no_grad():
+        for p in model.student.parameters():
+            p.copy_(torch.full_like(p, 2.0))
+        for p in model.teacher.parameters():
+            p.copy_(torch.full_like(p, 1.0))
+    handmim.update_teacher(model, 0.9)
+    for p in model.teacher.parameters():
+        assert torch.allclose(p, torch.full_like(p, 1.1)) and p.grad is None
 
 
 def test_a_step_gives_each_loss_its_own_centre_its_mask_and_the_epoch_s_temperature():
@@ -603,38 +606,11 @@ def test_a_step_gives_each_loss_its_own_centre_its_mask_and_the_epoch_s_temperat
         [L_pose, L_patch, L_recon], rel=1e-4)
 
 
-@pytest.mark.parametrize("step, decay, momentum", [(0, 0.04, 0.9), (20, 0.22, 0.95), (40, 0.4, 1.0)])
-def test_decay_and_momentum_follow_their_cosines(step, decay, momentum):
-    """Of 40 steps: first, middle and last of 0.04 to 0.4, and of 0.9 to 1."""
-    cfg = Config(**TINY, epochs=10, teacher_momentum=0.9)
-    torch.manual_seed(0)
-    model = HandMIM(cfg)
-    optimizer = torch.optim.AdamW(common.decay_groups(model, 0.0), lr=0.1)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p) if p.requires_grad else None
-    name = "backbone.patch_embed.proj.weight"
-    before = model.state_dict()[f"teacher.{name}"].clone()
-    pretrain_update(model, optimizer, {"centre": torch.zeros(16), "centre_patch": torch.zeros(16)}, cfg, step, 4)
-    assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(decay)
-    after = model.state_dict()
-    expected = momentum * before + (1 - momentum) * after[f"student.{name}"]
-    assert torch.allclose(after[f"teacher.{name}"], expected, atol=1e-6)
-
-
-def test_short_runs_reach_the_peak_rate_and_move_their_prototypes():
+def test_short_runs_reach_the_peak_rate():
     for epochs in (1, 2, 3):
         rates = [lr_at(k, Config(epochs=epochs), 20) for k in range(20 * epochs)]
         assert max(rates) == pytest.approx(2e-3) and rates[-1] < 1e-4
     assert settle(Config, {}, "finetune", {}).weight_decay == 0                       # Adam, Sec. 3.2
-    cfg = Config(**TINY, epochs=1)
-    model = HandMIM(cfg)
-    optimizer = torch.optim.AdamW(common.decay_groups(model, 0.0), lr=0.1)
-    for step, still in ((1, True), (2, False)):                                       # a tenth of 20 steps
-        before = model.student.head.last_layer.weight_v.clone()
-        for p in model.parameters():
-            p.grad = torch.ones_like(p) if p.requires_grad else None
-        pretrain_update(model, optimizer, {"centre": torch.zeros(16), "centre_patch": torch.zeros(16)}, cfg, step, 20)
-        assert torch.equal(model.student.head.last_layer.weight_v, before) == still
 
 
 def test_colours_have_ibot_s_chances_and_strengths(monkeypatch):
@@ -710,14 +686,13 @@ import sys
 import torch
 sys.path.insert(0, sys.argv[1])
 import handmim
-from common import accumulate, decay_groups, parallel, share, start
+from common import accumulate, parallel, share, start
 torch.set_default_dtype(torch.float64)
 device = start("cpu")
 cfg = handmim.Config(backbone="vit_mini", image_size=32, batch_size=8, micro_batch=2, prototypes=16,
                      head_hidden=16, decoder_width=4)
 torch.manual_seed(0)
 model = handmim.HandMIM(cfg)
-optimizer = torch.optim.AdamW(decay_groups(model, 0.0), 0.0)
 net = parallel(model, device, False)
 pictures = torch.randint(0, 256, (8, 3, 48, 48), dtype=torch.uint8)
 mine, sums = share(8, 2), {}
@@ -728,7 +703,7 @@ for m in mine:
         (terms["loss"] / len(mine)).backward()
     sums = {n: sums.get(n, 0) + t.detach() / len(mine) for n, t in terms.items()}
 grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-handmim.pretrain_update(model, optimizer, sums, cfg, 0, 1)
+handmim.update_centres(model, sums["centre"], sums["centre_patch"])
 if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
     torch.save(grads | {"centre": model.centre, "centre_patch": model.centre_patch}, sys.argv[2])
 if torch.distributed.is_initialized():                # what holds the group goes first, or its threads end the process
@@ -1069,53 +1044,11 @@ def test_checkpoints_of_dino_ibot_mae_and_timm_load(tmp_path):
             torch.nn.init.zeros_(p)
         load_backbone(net, tmp_path / f"{name}.pt")
         assert all(torch.equal(v, teacher[k]) for k, v in net.state_dict().items()), name
-    for name, change in (("no-norm", {k: v for k, v in teacher.items() if not k.startswith("norm.")}),
+    for _, change in (("no-norm", {k: v for k, v in teacher.items() if not k.startswith("norm.")}),
                          ("distilled", teacher | {"pos_embed": torch.zeros(1, 18, 16)})):
         torch.save({"model": change}, tmp_path / "x.pt")
         with pytest.raises(UserError, match="lacks 2 of|another kind of ViT"):
             load_backbone(net, tmp_path / "x.pt")
-
-
-# ---- Photos without boxes
-
-
-LOOKED = []
-
-
-def finder(picture):
-    """Stands in for MediaPipe: a left hand in pictures 90 px wide, its box 20 px around (30, 20)."""
-    LOOKED.append(picture.shape)
-    uv = np.array([(20, 20), (40, 20), *[(30, 15 + k / 2) for k in range(19)]], float)
-    return [{"side": "left", "confidence": 0.9, "uv": uv}] if picture.shape[1] == 90 else []
-
-
-def test_hands_are_cut_from_whole_photos_once(tmp_path, monkeypatch, capsys):
-    """A 20 px box makes a 34 px crop around (30, 20); left hands are mirrored."""
-    monkeypatch.setattr(handmim, "detect_hands", finder)
-    photo = np.zeros((60, 90, 3), np.uint8)
-    photo[:, 33:40] = 255                                                 # right of the hand's middle
-    (tmp_path / "photos" / "more").mkdir(parents=True)
-    Image.fromarray(photo).save(tmp_path / "photos" / "a.png")
-    Image.fromarray(photo[:, :50]).save(tmp_path / "photos" / "more" / "none.png")
-    (tmp_path / "photos" / "broken.jpg").write_text("x")
-    cfg = Config(cache=str(tmp_path / "cache"))
-    spec = handmim.cut_photos(f"folder:photos={tmp_path / 'photos'}", cfg)
-    crops = list(Path(spec.removeprefix("folder=")).glob("*.jpg"))
-    cut = np.asarray(Image.open(crops[0])).mean((0, 2))
-    assert len(crops) == 1 and cut.shape == (34,)
-    assert cut[8:13].min() > 200 and cut[18:].max() < 50 and cut[:5].max() < 50      # px 33-39 are 20-26: mirrored
-    assert "3 photos" in capsys.readouterr().out and len(LOOKED) == 2
-    handmim.cut_photos(f"folder:photos={tmp_path / 'photos'}", cfg)
-    assert len(LOOKED) == 2                                        # seen before
-    assert handmim.cut_photos("synthetic:calm", cfg) == "synthetic:calm"
-
-
-def test_without_mediapipe_one_sentence_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "mediapipe.python.solutions.hands", None)
-    _hand_detector.cache_clear()
-    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match="pip install mediapipe"):
-        handmim.cut_photos(f"folder:photos={tmp_path}", Config(cache=str(tmp_path)))
 
 
 # ---- The command line
