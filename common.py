@@ -1430,9 +1430,11 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
         if world() > 1:
             torch.distributed.all_reduce(everything)
         totals = everything.split([len(total) for total in seen])
-        after = [torch.where(total[-1] > 0, old.double().lerp(total[:-1] / total[-1], momentum), old)
-                 for old, total, momentum in zip(before, totals, momenta)]
-        counts = [count + (total[-1] > 0) for count, total in zip(counts, totals)]
+        called = [total[-1] > 0 for total in totals]
+        means = [total[:-1] / total[-1] for total in totals]
+        after = [torch.where(on, old.double().lerp(mean, momentum), old)
+                 for on, old, mean, momentum in zip(called, before, means, momenta)]
+        counts = [count + on for count, on in zip(counts, called)]
     finally:
         for layer, hook, momentum, new, count in zip(layers, hooks, momenta, after, counts):
             hook.remove()
