@@ -12,17 +12,21 @@ import numpy as np
 
 
 def user_hand(mano: str) -> tuple[dict[str, np.ndarray], str]:
-    """The right hand's arrays and what to call them: --mano's file, data/mano/'s, or the built-in one."""
+    """The right hand's arrays and what to call them.
+
+    --mano's file, else data/mano/MANO_RIGHT.pkl where it is there, else the built-in hand.
+    """
     usual = Path("data/mano/MANO_RIGHT.pkl")
-    if mano == "builtin" or not mano and not usual.is_file():
+    if mano == "builtin" or (not mano and not usual.is_file()):
         return builtin_hand(), "the built-in hand"
     path = mano or str(usual)
     return load_mano(path), path
 
 
 def hand_mark(mano: str) -> str:
-    """Which hand --mano means, in eight digits: networks with a mesh are of use with that one only."""
-    return f"{zlib.crc32(np.ascontiguousarray(user_hand(mano)[0]['v_template']).tobytes()):08x}"
+    """Which hand --mano means, in eight digits: a network's mesh is of use with that one only."""
+    template, _ = user_hand(mano)
+    return f"{zlib.crc32(np.ascontiguousarray(template['v_template']).tobytes()):08x}"
 
 
 def _both_hands(mano: str) -> dict[str, dict] | None:
@@ -30,5 +34,8 @@ def _both_hands(mano: str) -> dict[str, dict] | None:
     right, name = user_hand(mano)
     if name == "the built-in hand":
         return None
+    hands = {"right": right}
     left = Path(name).with_name(Path(name).name.replace("RIGHT", "LEFT"))
-    return {"right": right} | ({"left": load_mano(left)} if left.is_file() and str(left) != name else {})
+    if left.is_file() and str(left) != name:
+        hands["left"] = load_mano(left)
+    return hands

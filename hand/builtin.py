@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 # common before torch: it settles how threads wait
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 
 
-# ---- Built-in hand --------------------------------------------------------------------------------
 # A right hand of our own in MANO's array layout, so that everything runs without a licensed file.
 # Frame as MANO's: fingers toward -x, back of the hand +y, thumb +z. Millimetres until the end.
 # Any triangulated disc has F = 2 V - 2 - b, so 778 vertices with a wrist of 16 edges have MANO's
@@ -117,12 +117,14 @@ def _turns(finger: str, n: int) -> np.ndarray:
 
 def _finger(joints: np.ndarray, finger: str, s: dict[str, float]) -> list[np.ndarray]:
     """Rings of 12, the ring of 8 and the pole of one finger."""
-    frames, out = _frames(joints, finger), []
+    frames = _frames(joints, finger)
+    out = []
     for row in (*_rows(finger), CAP_RING):
         angles = _turns(finger, 8 if row is CAP_RING else 12)
         taper = 1 + (s["taper"] - 1) * (1 - row[0] - row[1]) / 2
         out.append(_ring(joints, frames, row, GIRTH[finger] * s["girth"] * taper, angles))
-    return out + [(joints[3] - 0.8 * frames[2, 1])[None]]
+    pole = joints[3] - 0.8 * frames[2, 1]
+    return [*out, pole[None]]
 
 
 def _loop(last: list, web: list, f: int) -> list:
@@ -136,7 +138,10 @@ def _loop(last: list, web: list, f: int) -> list:
 def _flesh(sk: dict[str, np.ndarray], s: dict[str, float]) -> np.ndarray:
     """Round cones whose smooth union is the palm: (N, 8) ends, and radius at each end."""
     t, w, th = s["thickness"], s["width"], s["thenar"]
-    at = lambda x, y, z: np.array([x, y * t, z * w])
+
+    def at(x: float, y: float, z: float) -> np.ndarray:
+        return np.array([x, y * t, z * w])
+
     cones = [(at(25, 0, z), at(-12, 0, z), 17.0 * t, 15.0 * t) for z in (9, -8)]
     hand = dict(index=(at(-14, 0, 11), 12.0), middle=(at(-14, 1, 3), 12.4),
                 ring=(at(-14, 0, -5), 11.8), pinky=(at(-12, -2, -12), 10.6))
@@ -181,9 +186,12 @@ def _rough(sk: dict[str, np.ndarray], s: dict[str, float]) -> list[np.ndarray]:
         total[places] += _ring(sk[f], _frames(sk[f], f), row, girth, _turns(f, 12))
         count[places] += 1
     last, web = np.split(total / count, [30])
-    oval = lambda x, turn: np.stack([np.full_like(turn, x),
-                                     18.5 * s["thickness"] * np.cos(2 * np.pi * turn),
-                                     -25.0 * s["width"] * np.sin(2 * np.pi * turn)], 1)
+
+    def oval(x: float, turn: np.ndarray) -> np.ndarray:
+        y = 18.5 * s["thickness"] * np.cos(2 * np.pi * turn)
+        z = -25.0 * s["width"] * np.sin(2 * np.pi * turn)
+        return np.stack([np.full_like(turn, x), y, z], 1)
+
     palm = [(1 - t) * oval(6.0, PALM_TURNS) + t * last for t in PALM_RINGS]
     palm[2] = np.delete(palm[2], (27, 28, 29), 0)                                # the thumb's hole
     fingers = [block for f in (*order, "thumb") for block in _finger(sk[f], f, s)]
@@ -245,14 +253,18 @@ def _mesh() -> _Mesh:
     faces = _zip(wrist, palm[0][6:] + palm[0][:6], np.arange(16) / 16, np.roll(PALM_TURNS, -6) % 1)
     for r in range(6):
         faces += _band(palm[r], palm[r + 1], (26, 27, 28, 29) if r in (1, 2) else ())
-    part, soft, rings = np.zeros(N_VERTS, int), np.ones((N_VERTS, 1)), {}
+    part = np.zeros(N_VERTS, int)
+    soft = np.ones((N_VERTS, 1))
+    rings = {}
     soft[wrist] = 0
     for k, f in enumerate(("index", "middle", "ring", "pinky", "thumb")):
-        n, (a, m, b) = len(_rows(f)) + 2, palm[1:4]
+        n = len(_rows(f)) + 2
+        a, m, b = palm[1:4]
         hole = [a[26], a[27], a[28], a[29], a[0], m[0], b[0], b[29], b[28], b[27], b[26], m[26]]
-        rings[f], rest = [hole if f == "thumb" else _loop(palm[6], web, k)] + rest[:n], rest[n:]
+        rings[f] = [hole if f == "thumb" else _loop(palm[6], web, k), *rest[:n]]
+        rest = rest[n:]
         *twelves, cap, (pole,) = rings[f]
-        for low, high in zip(twelves[:-1], twelves[1:]):
+        for low, high in pairwise(twelves):
             faces += _band(low, high)
         faces += _zip(twelves[-1], cap, np.arange(12) / 12, np.arange(8) / 8)
         faces += [(cap[i], cap[(i + 1) % 8], pole) for i in range(8)]
@@ -268,7 +280,8 @@ def _mesh() -> _Mesh:
 
 def _wrap(x: np.ndarray, cones: np.ndarray) -> np.ndarray:
     """Shrink-wrap (778, 3) mm: free vertices move onto the flesh and apart along its surface."""
-    mesh, x = _mesh(), x.copy()
+    mesh = _mesh()
+    x = x.copy()
     free = np.flatnonzero(mesh.soft)
     for step in range(24):
         distance, n = _distance(x[free], cones)
@@ -308,10 +321,13 @@ def _smooth(x: np.ndarray) -> np.ndarray:
 
 def _skin_weights(x: np.ndarray, sk: dict[str, np.ndarray]) -> np.ndarray:
     """Skinning weights (778, 16): smooth steps of arc length at each joint, at most 4 a vertex."""
-    mesh, W = _mesh(), np.zeros((N_VERTS, 16))
+    mesh = _mesh()
+    W = np.zeros((N_VERTS, 16))
     for k, f in enumerate(HAND_CHAINS):
-        pts, own = sk[f], mesh.part == k + 1
-        d, length = _unit(np.diff(pts, axis=0)), np.sqrt((np.diff(pts, axis=0) ** 2).sum(1))
+        pts = sk[f]
+        own = mesh.part == k + 1
+        d = _unit(np.diff(pts, axis=0))
+        length = np.sqrt((np.diff(pts, axis=0) ** 2).sum(1))
         arc = np.concatenate([[0], np.cumsum(length)])
         u = ((x[:, None] - pts[:3]) * d).sum(-1)                                        # (778, 3)
         u = np.clip(u, [-1e9, 0, 0], [length[0], length[1], 1e9])
@@ -323,7 +339,8 @@ def _skin_weights(x: np.ndarray, sk: dict[str, np.ndarray]) -> np.ndarray:
         c0, c1, c2 = (_smooth((along - arc[i] + r) / (2 * r)) for i, r in enumerate(reach))
         fade = np.exp(-((gap - 10).clip(0) / 6) ** 2) * (mesh.part == 0)
         c0 = c0 * np.where(own, 1, fade)
-        c1, c2 = c1 * own, c2 * own
+        c1 = c1 * own
+        c2 = c2 * own
         W[:, 1 + 3 * k:4 + 3 * k] = np.stack([c0 * (1 - c1), c0 * c1 * (1 - c2), c0 * c1 * c2], 1)
     W /= W.sum(1, keepdims=True).clip(1)
     W[:, 0] = 1 - W.sum(1)
@@ -338,7 +355,8 @@ def _skin_weights(x: np.ndarray, sk: dict[str, np.ndarray]) -> np.ndarray:
 @functools.cache
 def hand_axes() -> np.ndarray:
     """Axes (15, 3, 3) of the finger joints in MANO's order: bend, spread to the thumb, twist."""
-    sk, out = _skeleton(_factors(np.zeros(10))), []
+    sk = _skeleton(_factors(np.zeros(10)))
+    out = []
     for f in HAND_CHAINS:
         d, up, _ = _frames(sk[f], f).transpose(1, 0, 2)
         out.append(np.stack([np.cross(up, d), up, d], 1))
@@ -355,7 +373,9 @@ def _correctives(x: np.ndarray, W: np.ndarray, joints: np.ndarray) -> np.ndarray
     for j in range(15, 0, -1):
         tree[MANO_PARENTS[j]] += tree[j]
     child = W @ tree.T                                                                  # (778, 16)
-    out, eye, axes = np.zeros((N_VERTS, 3, 15, 3, 3)), np.eye(3), hand_axes()
+    out = np.zeros((N_VERTS, 3, 15, 3, 3))
+    eye = np.eye(3)
+    axes = hand_axes()
     for j in range(1, 16):
         d = x - joints[j]
         if j in (1, 4, 7, 10):                 # the knuckle stands out and the skin beside it sinks
@@ -395,7 +415,8 @@ def builtin_hand() -> dict[str, np.ndarray]:
 
     Metres, float64, wrist near (.09, .006, .006). Construction: notes at the head of this section.
     """
-    zero, mesh = np.zeros(10), _mesh()
+    zero = np.zeros(10)
+    mesh = _mesh()
     x, joints = _surface(zero)
     pairs = [(_surface(e), _surface(-e)) for e in np.eye(10) / 2]
     dirs, moves = (np.stack([a[k] - b[k] for a, b in pairs]) for k in range(2))
@@ -435,9 +456,14 @@ def draw_pose(index: Tensor, seed: int, purpose: str = "pose") -> Tensor:
     Three in five are named gestures with a little noise; the rest bend together with a slope from
     index to pinky. Angles stay within HAND_LIMITS about `hand_axes`.
     """
-    u, z = uniform(index, 5, seed, purpose + "/u"), normal(index, 28, seed, purpose + "/n")
-    tensor = lambda x: torch.as_tensor(x, dtype=torch.float32, device=index.device)
-    rows, thumbs = tensor(GESTURES), tensor(THUMB_POSTURES)
+    u = uniform(index, 5, seed, purpose + "/u")
+    z = normal(index, 28, seed, purpose + "/n")
+
+    def tensor(x: object) -> Tensor:
+        return torch.as_tensor(x, dtype=torch.float32, device=index.device)
+
+    rows = tensor(GESTURES)
+    thumbs = tensor(THUMB_POSTURES)
     named = rows[(u[:, 1] * len(GESTURES)).long()]
     slope = 0.12 * z[:, :1] * tensor([-1.5, -0.5, 0.5, 1.5])
     free = u[:, 2:3] + slope + 0.12 * z[:, 1:5]

@@ -1,4 +1,4 @@
-"""Reads a MANO hand from its official file, a re-saved copy or an .npz, and executes nothing in it."""
+"""Reads a MANO hand from its official file, a re-saved copy or an .npz; executes nothing in it."""
 from __future__ import annotations
 
 import io

@@ -25,7 +25,9 @@ def rasterise(verts: Tensor, faces: Tensor, K: Tensor, size: int, samples: int =
     Only faces seen from the front are drawn, or with `back` only those seen from behind, and only
     those wholly beyond `near` metres. Deterministic: the order of faces does not matter.
     """
-    B, S, device = len(verts), size * samples, verts.device
+    B = len(verts)
+    S = size * samples
+    device = verts.device
     x, y, nearness = (t[:, faces].view(-1, 3) for t in _corners(verts, K, samples))
     area = ((x[:, 1] - x[:, 0]) * (y[:, 2] - y[:, 0]) - (y[:, 1] - y[:, 0]) * (x[:, 2] - x[:, 0]))
     keep = (area > 1e-9 if back else area < -1e-9) & (nearness.amax(-1) < 1 / near)
@@ -38,13 +40,17 @@ def rasterise(verts: Tensor, faces: Tensor, K: Tensor, size: int, samples: int =
     # One row per candidate (face, sample of its box). l1 and l2 are the weights of corners 1 and 2.
     count = width * height
     face = torch.arange(len(keep), device=device, dtype=torch.int32).repeat_interleave(count)
-    pick = lambda t: t.index_select(0, face)
+
+    def pick(of_face: Tensor) -> Tensor:
+        return of_face.index_select(0, face)
+
     k = torch.arange(len(face), device=device, dtype=torch.int32)
     k = k - pick(count.cumsum(0).int() - count)
     row = torch.div(k, pick(width), rounding_mode="floor")
     column = k - row * pick(width)
     x1, x2, y1, y2 = ((t[:, i] - t[:, 0]) / area for t in (x, y) for i in (1, 2))
-    dx, dy = column + pick(left - x[:, 0]), row + pick(top - y[:, 0])
+    dx = column + pick(left - x[:, 0])
+    dy = row + pick(top - y[:, 0])
     l1 = dx * pick(y2) - dy * pick(x2)
     l2 = dy * pick(x1) - dx * pick(y1)
     hit = ((l1 >= 0) & (l2 >= 0) & (l1 + l2 <= 1)).nonzero()[:, 0]      # an edge is both faces'
@@ -86,7 +92,9 @@ class Light(NamedTuple):
 
 def studio(n: int, device: torch.device | str = "cpu") -> Light:
     """Plain light over the viewer's left shoulder, for drawings."""
-    row = lambda *values: torch.tensor([values], device=device).expand(n, -1)
+    def row(*values: float) -> Tensor:
+        return torch.tensor([values], device=device).expand(n, -1)
+
     return Light(F.normalize(row(-0.4, -0.6, -0.8), dim=-1), row(0.75, 0.75, 0.75),
                  row(0.35, 0.35, 0.35), row(0.05)[:, 0])
 
@@ -98,20 +106,25 @@ def _interpolate(ids: Tensor, verts: Tensor, faces: Tensor, K: Tensor, extra: Te
     -> values (3 + C, N), and the samples' places: flat index (N,) int64, b, row, column (N,) int32.
     Normals are smooth over edges up to some 40 degrees on either side, and flat beyond.
     """
-    S, n_faces, device = ids.shape[-1], len(faces), ids.device
+    S = ids.shape[-1]
+    n_faces = len(faces)
+    device = ids.device
     hit = (ids >= 0).flatten().nonzero()[:, 0]                            # (N,) covered samples
-    b, place = torch.div(hit, S * S, rounding_mode="floor").int(), (hit % (S * S)).int()
+    b = torch.div(hit, S * S, rounding_mode="floor").int()
+    place = (hit % (S * S)).int()
     row = torch.div(place, S, rounding_mode="floor")
     column = place - row * S
     face = b * n_faces + ids.flatten()[hit].int()
     seen = torch.zeros(len(ids) * n_faces, dtype=torch.int32, device=device)
     seen[face.long()] = 1                                             # visible faces, renumbered
-    face, seen = (seen.cumsum(0) - 1).int().index_select(0, face), seen.nonzero()[:, 0]
+    face = (seen.cumsum(0) - 1).int().index_select(0, face)
+    seen = seen.nonzero()[:, 0]
     at = faces[seen % n_faces] + torch.div(seen, n_faces, rounding_mode="floor")[:, None] \
         * verts.shape[1]
     x, y, nearness = (t.reshape(-1)[at] for t in _corners(verts, K, samples))            # (n, 3)
     smooth, flat = vertex_normals(verts, faces)
-    smooth, flat = smooth.flatten(0, 1)[at], flat.flatten(0, 1)[seen, None]              # (n, 3, 3)
+    smooth = smooth.flatten(0, 1)[at]                                     # (n, 3, 3)
+    flat = flat.flatten(0, 1)[seen, None]                                 # (n, 1, 3)
     smooth = torch.where((smooth * flat).sum(-1, keepdim=True) < 0.75, flat, smooth)
     values = torch.cat([smooth, extra.flatten(0, 1)[at], torch.ones_like(x)[..., None]], -1)
 
@@ -137,9 +150,15 @@ def shade(ids: Tensor, verts: Tensor, faces: Tensor, K: Tensor, albedo: Tensor, 
     lit = torch.ones_like(verts[..., 0]) if lit is None else lit
     value, hit, b, row, column = _interpolate(ids, verts, faces, K,
                                               torch.cat([albedo, lit[..., None]], -1), samples)
-    unit = lambda v: v * (v * v).sum(0).clamp_min(1e-20).rsqrt()
-    each = lambda t: t.T.contiguous().index_select(1, b)
-    n, toward = unit(value[:3]), each(light.direction)
+
+    def unit(v: Tensor) -> Tensor:
+        return v * (v * v).sum(0).clamp_min(1e-20).rsqrt()
+
+    def each(of_picture: Tensor) -> Tensor:
+        return of_picture.T.contiguous().index_select(1, b)
+
+    n = unit(value[:3])
+    toward = each(light.direction)
     lamp = each(light.colour) * value[6].clamp(0, 1)
     d = (n * toward).sum(0)
     wrap = torch.tensor([[0.35], [0.22], [0.18]], device=ids.device)      # skin bleeds red light

@@ -16,6 +16,9 @@ from common import (
     matrix_to_axis_angle, normal, project, rotate_z, six_d_to_matrix, to_device, uniform, warp)
 from hand.builtin import builtin_hand, draw_pose, draw_shape
 from hand.render import Light, rasterise, shade, vertex_normals, visible_joints
+from hand.scene import (
+    ARM, OCCLUDER, arm_verts, boundary, occluder_verts, occlusion, painted, ramp, rotation_between,
+    scenery, tube)
 
 import numpy as np
 import torch
@@ -79,147 +82,6 @@ DOMAINS = {"A": Domain(),
 LENGTH = {"val": 1000, "test": 2000}
 
 
-def _ramp(u: Tensor, low: float, high: float) -> Tensor:
-    return low + (high - low) * u
-
-
-def _rotation_between(a: Tensor, b: Tensor) -> Tensor:
-    """Smallest rotation taking unit a to unit b, (B, 3) -> (B, 3, 3); not for opposite vectors."""
-    w, zero = torch.linalg.cross(a, b), torch.zeros_like(a[:, 0])
-    x, y, z = w.unbind(-1)
-    W = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).view(-1, 3, 3)
-    c = (a * b).sum(-1)[:, None, None]
-    return torch.eye(3, device=a.device) + W + W @ W / (1 + c)
-
-
-def _boundary(faces: np.ndarray) -> list[int]:
-    """The wrist's opening: its vertices in the order of the loop's directed edges."""
-    edges = {(int(t[i]), int(t[(i + 1) % 3])) for t in faces for i in range(3)}
-    follow = {a: b for a, b in edges if (b, a) not in edges}
-    loop = [min(follow)]
-    while follow[loop[-1]] != loop[0]:
-        loop.append(follow[loop[-1]])
-    return loop
-
-
-ARM = (0.012, 0.026, 0.045, 0.065, 0.095, 0.15, 0.22, 0.31, 0.42)       # rings, m beyond the wrist
-
-
-def _tube(rings: list[list[int]]) -> list[tuple[int, int, int]]:
-    """Faces between rings of equally many vertices; a pole is a ring that repeats one vertex."""
-    return [face for a, b in zip(rings, rings[1:]) for k in range(len(a))
-            for face in ((a[k - 1], b[k - 1], b[k]), (a[k - 1], b[k], a[k]))]
-
-
-def _arm_verts(verts: Tensor, joints: Tensor, loop: Tensor, u: Tensor, cuff: Tensor,
-               eye: Tensor) -> Tensor:
-    """Forearm that continues the wrist's loop: -> (B, len(ARM) * len(loop), 3) m.
-
-    Draws u (B, 3) bend the wrist; eye (B, 3) is the direction to the camera: the arm never leans
-    toward it by more than 6 degrees, or it would hide the hand. A sleeve begins at ring `cuff`.
-    """
-    ring = verts[:, loop]
-    centre = ring.mean(1, keepdim=True)
-    straight = F.normalize(centre[:, 0] - joints[:, 9], dim=-1)
-    bent = F.normalize(straight + 0.9 * (u - 0.5), dim=-1)
-    lean = (bent * eye).sum(-1, keepdim=True)
-    aside, lean = F.normalize(bent - lean * eye, dim=-1), lean.clamp(max=0.1)
-    bent = aside * (1 - lean * lean).sqrt() + eye * lean
-    at, k = torch.tensor((0.0, *ARM), device=u.device), torch.arange(len(ARM) + 1, device=u.device)
-    at = torch.where(k == cuff[:, None], at.roll(-1) - 0.001, at)         # (B, rings): a sharp edge
-    out = []
-    for k in range(len(ARM)):
-        way = F.normalize(torch.lerp(straight, bent, min(1.0, (k + 1) / 4)), dim=-1)
-        centre = centre + ((at[:, k + 1] - at[:, k])[:, None] * way)[:, None]
-        width = 1 + 0.9 * at[:, k + 1] + 0.16 * (k >= cuff)
-        turned = (ring - ring.mean(1, keepdim=True)) @ _rotation_between(straight, way).mT
-        out.append(centre + turned * width[:, None, None])
-    return torch.cat(out, 1)
-
-
-OCCLUDER = (9, 14)                                  # rings and vertices a ring, poles apart
-
-
-def _occluder_verts(power: Tensor) -> Tensor:
-    """Superquadrics of unit half-width: powers (B, 2), 1 round or 0.1 square -> (B, N, 3).
-
-    (1, 1) is a ball, (0.1, 1) a cylinder along z, (0.1, 0.1) a box.
-    """
-    rings, n = OCCLUDER
-    lat = (0.5 - (torch.arange(rings) + 0.5) / rings) * math.pi
-    lon = (torch.arange(n) + 0.5) / n * 2 * math.pi
-    bend = lambda t, k: t.sign() * t.abs() ** power[:, k, None].to(t)
-    lat, lon = lat.to(power.device), lon.to(power.device)
-    r, z = bend(lat.cos(), 0), bend(lat.sin(), 0)                         # (B, rings)
-    x, y = bend(lon.cos(), 1), bend(lon.sin(), 1)                         # (B, n)
-    grid = torch.stack([r[:, :, None] * x[:, None], r[:, :, None] * y[:, None],
-                        z[:, :, None].expand(-1, -1, n)], -1).flatten(1, 2)
-    pole = torch.tensor([[0.0, 0, 1], [0, 0, -1]], device=power.device).expand(len(power), 2, 3)
-    return torch.cat([pole, grid], 1)
-
-
-def _painted(u: Tensor, saturation: float) -> Tensor:
-    """Muted colours as displayed: draws (..., 3) -> (..., 3); mostly grey, tinted warm or cool."""
-    grey, warm, green = 0.08 + 0.84 * u[..., 0], u[..., 1] - 0.42, u[..., 2] - 0.5
-    tint = torch.stack([warm + 0.2 * green, 0.25 * warm + 0.5 * green, -warm - 0.2 * green], -1)
-    return (grey[..., None] + 2 * saturation * tint).clamp(0.02, 0.98)
-
-
-def _scenery(image: Tensor, seed: int, size: int, domain: Domain, calm: bool) -> Tensor:
-    """Blurred rooms, (N,) -> (N, 3, size, size) in 0..1: two surfaces, furniture, falling light."""
-    N, R, device = len(image), max(32, size // 2), image.device
-    axis = (torch.arange(R, device=device) + 0.5) / R * 2 - 1
-    y, x = axis[:, None], axis[None, :]
-    u = uniform(image, 16, seed, "room")[..., None, None]                 # (N, 16, 1, 1)
-    paint = lambda u: _painted(u[..., 0, 0], domain.saturation)[..., None, None]
-    wall, floor = paint(u[:, :3]), paint(u[:, 3:6])
-    floor = torch.lerp(wall, floor, 0.25 if calm else 0.8)
-    tilt, soft = 0.5 * (u[:, 6] - 0.5), 0.03 + 0.3 * u[:, 7] + 0.5 * calm
-    below = ((y - tilt * x - 1.6 * (u[:, 8] - 0.5)) / soft + 0.5).clamp(0, 1)
-    room = torch.lerp(wall, floor, below[:, None])
-    for k in range(0 if calm else domain.shapes):
-        v = uniform(image, 12, seed, f"shape {k}")[..., None, None]
-        turn = tilt + 0.15 * (v[:, 0] - 0.5) + (v[:, 1] > 0.85) * (v[:, 2] - 0.5) * 1.5
-        px, py = x - 2.4 * (v[:, 3] - 0.5), y - 2.4 * (v[:, 4] - 0.5)
-        px, py = (px + turn * py).abs() / (0.06 + 0.6 * v[:, 5] ** 2), \
-            (py - turn * px).abs() / (0.06 + 0.6 * v[:, 6] ** 2)
-        far = torch.where(v[:, 7] < 0.3, (px * px + py * py).sqrt(), torch.maximum(px, py))
-        inside = ((1 - far) / (0.05 + 0.5 * v[:, 8]) + 0.5).clamp(0, 1) * (0.55 + 0.45 * v[:, 7])
-        room = torch.lerp(room, paint(v[:, 9:]), inside[:, None])
-    stripes = ((x * 9 * u[:, 9] + y * 9 * u[:, 10]) % 1 - 0.5).abs() - 0.25
-    room = room * (1 + (u[:, 11] > 0.7) * (not calm) * 0.35 * u[:, 12] * stripes * below)[:, None]
-    cloud = uniform(image, 64 + 400, seed, "cloud")
-    for n, part, amount in ((8, cloud[:, :64], 0.14), (20, cloud[:, 64:], 0.06)):
-        part = F.interpolate(part.view(N, 1, n, n), size=(R, R), mode="bilinear")
-        room = room * (1 + amount * (part - 0.5) * 2)
-    room = room * (1 + 0.35 * (u[:, 13] - 0.5) * x + 0.35 * (u[:, 14] - 0.5) * y)[:, None]
-    return F.interpolate(room, size=(size, size), mode="bilinear").clamp(0, 1)
-
-
-def _occlusion(verts: Tensor, normals: Tensor, joints: Tensor,
-               lamp: Tensor) -> tuple[Tensor, Tensor]:
-    """What the hand hides from itself: open sky (B, M) and share of the lamp (B, M), both 0..1.
-
-    The hand is 40 balls along its bones. One of radius r at distance d under cosine c hides about
-    c (r / d)^2 of the sky, and the lamp where the ray to it passes within r.
-    """
-    ends, starts = joints[:, 1:], joints[:, [k * (k % 4 > 0) for k in range(20)]]
-    balls = torch.cat([torch.lerp(starts, ends, t) for t in (0.35, 0.8)], 1)           # (B, 40, 3)
-    radius = torch.full((40,), 0.0085, device=verts.device)
-    radius[[0, 20]], radius[[4, 8, 12, 16, 24, 28, 32, 36]] = 0.013, 0.012
-    middle = joints[:, 9:10]                                          # small numbers cancel less
-    p, c = verts - middle, balls - middle
-    square = p.square().sum(-1)[..., None] + c.square().sum(-1)[:, None] - 2 * p @ c.mT
-    square = square.clamp_min(1e-6)
-    cosine = normals @ c.mT - (normals * p).sum(-1, keepdim=True)         # times the distance
-    along = (lamp[:, None] @ c.mT) - (p @ lamp[..., None])                # (B, M, 40)
-    above = (cosine / radius).clamp(0, 1)
-    sky = (above * cosine * radius ** 2 / (square * square.sqrt())).clamp(max=0.7).sum(-1)
-    miss = (square - along * along).clamp_min(0) / radius ** 2            # squared, in radii
-    shadow = ((1.6 - miss) / 1.2).clamp(0, 1) * above * (along / radius - 0.5).clamp(0, 1)
-    return 1 / (1 + 1.8 * sky), 1 - shadow.amax(-1)
-
-
 class Synthetic:
     """Rendered hands with every label exact, in batches of DESIGN's sample dictionary; see `batch`.
 
@@ -245,9 +107,14 @@ class Synthetic:
             raise UserError(f"synthetic has the parts train, val and test, not {part!r}")
         if domain not in DOMAINS:
             raise UserError(f"synthetic has the domains {', '.join(DOMAINS)}, not {domain!r}")
-        self.size, self.views, self.calm, self.margin = size, views, calm, margin
+        self.size = size
+        self.views = views
+        self.calm = calm
+        self.margin = margin
         self.samples = LENGTH.get(part, 32560) if samples is None else samples
-        self.domain, self.occluders, self.outliers = DOMAINS[domain], occluders and not calm, outliers
+        self.domain = DOMAINS[domain]
+        self.occluders = occluders and not calm
+        self.outliers = outliers
         self.detector = detector
         self.settings = (size, self.samples, seed, part, views, calm, occluders, domain, margin,
                          outliers, detector)
@@ -256,12 +123,16 @@ class Synthetic:
         self.hand = builtin_hand() if hand is None else hand
         self.backgrounds = None if backgrounds is None else _wallpapers(Path(backgrounds), size)
         self.mano = Mano(self.hand)
-        loop = _boundary(self.hand["f"])
-        ids = lambda start, rings, n: torch.arange(start, start + rings * n).view(rings, n).tolist()
+        loop = boundary(self.hand["f"])
+
+        def ids(start: int, rings: int, n: int) -> list[list[int]]:
+            return torch.arange(start, start + rings * n).view(rings, n).tolist()
+
         top = N_VERTS + len(ARM) * len(loop)                          # the occluder's poles first
-        arm = _tube([loop, *ids(N_VERTS, len(ARM), len(loop))])
-        thing = _tube([[top] * OCCLUDER[1], *ids(top + 2, *OCCLUDER), [top + 1] * OCCLUDER[1]])
-        self.loop, self.n_hand = torch.tensor(loop), len(self.hand["f"])
+        arm = tube([loop, *ids(N_VERTS, len(ARM), len(loop))])
+        thing = tube([[top] * OCCLUDER[1], *ids(top + 2, *OCCLUDER), [top + 1] * OCCLUDER[1]])
+        self.loop = torch.tensor(loop)
+        self.n_hand = len(self.hand["f"])
         self.faces = torch.tensor([*self.hand["f"].tolist(), *arm, *thing])
         self.skin = self._skin_maps()
 
@@ -290,7 +161,8 @@ class Synthetic:
         has the same bits in every batch: aligned blocks of 16 are made and sliced, so scattered
         indices cost a block each (see `Cached`). IndexError outside 0 .. len - 1.
         """
-        rows, device = self.rows(index), torch.device(device)
+        rows = self.rows(index)
+        device = torch.device(device)
         if self.faces.device != device:
             self._move(device)
         if device.type == "cpu":
@@ -299,7 +171,8 @@ class Synthetic:
             start = {k: BLOCK * n for n, k in enumerate(blocks)}
             take = torch.tensor([start[row // BLOCK] + row % BLOCK for row in rows])
         else:
-            groups, take = index.to(device).split(64), slice(None)
+            groups = index.to(device).split(64)
+            take = slice(None)
         parts = [self._block(group) for group in groups]
         values = {key: torch.cat([part[key] for part in parts])[take] for key in parts[0]}
         return self.finish(values, rows)
@@ -330,15 +203,23 @@ class Synthetic:
     @torch.no_grad()
     def _block(self, index: Tensor) -> dict[str, Tensor]:
         """Everything of samples `index` (B,) but the strings, each (B, V, ...)."""
-        V, device, size = self.views, index.device, self.size
+        def each(x: Tensor) -> Tensor:
+            return x.repeat_interleave(V, 0)                          # of samples, to their views
+
+        def to_camera(x: Tensor) -> Tensor:
+            return each(x) @ R.mT + t[:, None]
+
+        V = self.views
+        size = self.size
+        device = index.device
         image = (index[:, None] * V + torch.arange(V, device=device)).flatten()
         R, t = self._cameras(index, image)                            # world to camera, (B V, ...)
-        each = lambda x: x.repeat_interleave(V, 0)
         world = self._world(index, -R.view(-1, V, 3, 3)[:, 0, 2])
-        to_camera = lambda x: each(x) @ R.mT + t[:, None]
-        verts, joints = to_camera(world["mesh"]), to_camera(world["joints"])
+        verts = to_camera(world["mesh"])
+        joints = to_camera(world["joints"])
         flat = joints[..., :2] / joints[..., 2:]
-        low, high = flat.amin(1), flat.amax(1)
+        low = flat.amin(1)
+        high = flat.amax(1)
         extent = (high - low).amax(-1).maximum(0.06 / joints[:, 0, 2]) * self.margin
         K = crop((low + high) / 2, extent, size)                          # of a camera with f = 1
         uv = project(joints, K)
@@ -347,9 +228,10 @@ class Synthetic:
         out = self._photograph(image, verts, joints, K, each(world["albedo"]), each(world["lit"]),
                                light)
         side = round(size * self.detector)
-        label, confidence = noisy_labels(uv - (size - side) / 2, out["visible"], image, self.seed, side,
+        rim = (size - side) / 2                                       # around the detector's square
+        label, confidence = noisy_labels(uv - rim, out["visible"], image, self.seed, side,
                                          self.outliers)
-        label = label + (size - side) / 2
+        label = label + rim
         pose = torch.cat([(R @ each(world["turn"]))[:, None], each(world["fingers"])], 1)
         wrist = each(world["wrist"])
         out |= {"crop": torch.eye(3, device=device).expand(len(K), 3, 3), "K": K, "joints": joints,
@@ -368,12 +250,14 @@ class Synthetic:
     def _cameras(self, index: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """World to camera, R (B V, 3, 3) and t (B V, 3) m; one camera alone has the world's axes.
 
-        Several stand on a ring around the origin, where the hand is, -20 .. 50 degrees above it; calm
-        ones on 110 degrees of it in front of the palm, -20 .. 20 degrees.
+        Several stand on a ring around the origin, where the hand is, -20 .. 50 degrees above it;
+        calm ones on 110 degrees of it in front of the palm, -20 .. 20 degrees.
         """
-        V, domain, seed = self.views, self.domain, self.seed
+        V = self.views
+        domain = self.domain
+        seed = self.seed
         u = uniform(image, 6, seed, "camera")
-        z = _ramp(u[:, 0], *((0.6, 0.75) if self.calm else domain.distance))
+        z = ramp(u[:, 0], *((0.6, 0.75) if self.calm else domain.distance))
         off = (0.05 if self.calm else domain.off_axis) * 1.4 * (u[:, 1:3] - 0.5)
         t = torch.cat([off * z[:, None], z[:, None]], 1)
         if V == 1:
@@ -383,7 +267,7 @@ class Synthetic:
         if self.calm:
             arc = (image % V + 0.5 + 0.6 * (u[:, 3] - 0.5)) / V - 0.5
             angle = math.radians(110) * arc - math.pi / 2
-        rise = torch.deg2rad(_ramp(u[:, 4], -20, 20 if self.calm else 50))
+        rise = torch.deg2rad(ramp(u[:, 4], -20, 20 if self.calm else 50))
         flat = -rise.cos()
         forward = torch.stack([angle.cos() * flat, rise.sin(), angle.sin() * flat], -1)
         down = torch.tensor([0.0, 1, 0], device=index.device).expand_as(forward)
@@ -409,26 +293,31 @@ class Synthetic:
 
         eye (B, 3): from the hand to the first camera.
         """
-        B, device, seed = len(index), index.device, self.seed
-        turn, shape = self._turns(index), draw_shape(index, seed)
+        B = len(index)
+        device = index.device
+        seed = self.seed
+        turn = self._turns(index)
+        shape = draw_shape(index, seed)
         fingers = axis_angle_to_matrix(draw_pose(index, seed))
         flat = torch.eye(3, device=device).expand(B, 1, 3, 3)
         verts, joints = self.mano(torch.cat([flat, fingers], 1), shape)
         wrist = joints[:, 0]                                          # what rotations turn about
         verts, joints = ((x - wrist[:, None]) @ turn.mT for x in (verts, joints))
         origin = -(joints.amin(1) + joints.amax(1)) / 2
-        verts, joints = verts + origin[:, None], joints + origin[:, None]
+        verts = verts + origin[:, None]
+        joints = joints + origin[:, None]
         u = uniform(index, 24, seed, "scene")
         cuff = torch.tensor([1.0, 3.0, 99.0, 99.0], device=device)[(u[:, 0] * 4).long()]
-        arm = _arm_verts(verts, joints, self.loop, u[:, 1:4], cuff, eye)
+        arm = arm_verts(verts, joints, self.loop, u[:, 1:4], cuff, eye)
         thing = self._occluder(u[:, 4:18], joints, turn, eye)
         lamp = F.normalize(0.7 * normal(index, 3, seed, "lamp")
                            + torch.tensor([0, -0.7, -0.3], device=device) + 0.5 * eye, dim=-1)
         normals = vertex_normals(verts, self.faces[:self.n_hand])[0]
-        sky, lit = _occlusion(verts, normals, joints, lamp)
+        sky, lit = occlusion(verts, normals, joints, lamp)
         albedo = self._skin_colours(index)
         bare = torch.ones_like(torch.cat([arm, thing], 1)[..., 0])
-        cloth, paint = _painted(u[:, 18:21], 0.2), _painted(u[:, 21:24], 0.25)
+        cloth = painted(u[:, 18:21], 0.2)
+        paint = painted(u[:, 21:24], 0.25)
         ring = torch.arange(arm.shape[1], device=device).div(len(self.loop), rounding_mode="floor")
         sleeve = (ring >= cuff[:, None])[..., None]
         # the arm goes on with the colours around the wrist
@@ -443,14 +332,16 @@ class Synthetic:
     def _skin_colours(self, index: Tensor) -> Tensor:
         """Colours of the hand's vertices as displayed, (B, 778, 3): human tones, palms lighter."""
         u = uniform(index, 6, self.seed, "skin")
-        tone = _ramp(u[:, 0], *self.domain.tone)
+        tone = ramp(u[:, 0], *self.domain.tone)
         table = torch.tensor(SKIN, device=index.device)
         at = tone * (len(SKIN) - 1)
         k = at.long().clamp_max(len(SKIN) - 2)
         skin = torch.lerp(table[k], table[k + 1], (at - k)[:, None])
         skin = (skin * (1 + 0.06 * (u[:, 1:4] - 0.5)))[:, None]           # (B, 1, 3)
         palm, red = self.skin.unbind(-1)                                  # (778,) each
-        row = lambda *c: torch.tensor(c, device=index.device)
+        def row(*c: float) -> Tensor:
+            return torch.tensor(c, device=index.device)
+
         pale = torch.lerp(skin, row(0.88, 0.66, 0.57), (0.12 + 0.45 * tone)[:, None, None])
         skin = torch.lerp(skin, pale, palm[:, None])
         skin = skin * (1 + (0.5 + u[:, 4])[:, None, None] * red[:, None] * row(0.03, -0.08, -0.07))
@@ -464,8 +355,8 @@ class Synthetic:
         kind = (u[:, 0] * 3).long()                                       # ball, cylinder, box
         powers = torch.tensor([[1.0, 1.0], [0.1, 1.0], [0.12, 0.12]], device=u.device)[kind]
         held = (u[:, 1] < 0.5)[:, None]
-        radius = _ramp(u[:, 2:4], 0.010, 0.028)
-        length = torch.where(kind == 0, radius[:, 0], _ramp(u[:, 4], 0.025, 0.11))
+        radius = ramp(u[:, 2:4], 0.010, 0.028)
+        length = torch.where(kind == 0, radius[:, 0], ramp(u[:, 4], 0.025, 0.11))
         width = torch.where(kind == 2, radius[:, 1], radius[:, 0])
         half = torch.stack([radius[:, 0], width, length], 1)
         across = F.normalize(joints[:, 5] - joints[:, 17], dim=-1) + 0.4 * (u[:, 5:8] - 0.5)
@@ -473,18 +364,21 @@ class Synthetic:
             - turn[..., 1] * (0.014 + radius[:, :1])                      # -y: out of the palm
         pick = (u[:, 8] * N_JOINTS).long()
         front = joints[torch.arange(len(u), device=u.device), pick] \
-            + eye * _ramp(u[:, 9:10], 0.03, 0.07) + 0.03 * (u[:, 10:13] - 0.5)
+            + eye * ramp(u[:, 9:10], 0.03, 0.07) + 0.03 * (u[:, 10:13] - 0.5)
         axis = F.normalize(torch.where(held, across, u[:, 5:8] - 0.5), dim=-1)
         z = torch.tensor([0.0, 0, 1], device=u.device)
-        verts = _occluder_verts(powers) * (half * (u[:, 13:] < 0.4 * self.occluders))[:, None]
-        verts = verts @ _rotation_between(z.expand_as(axis), axis * axis[:, 2:].sign()).mT
+        verts = occluder_verts(powers) * (half * (u[:, 13:] < 0.4 * self.occluders))[:, None]
+        verts = verts @ rotation_between(z.expand_as(axis), axis * axis[:, 2:].sign()).mT
         return verts + torch.where(held, grip, front)[:, None]
 
     def _light(self, index: Tensor, lamp: Tensor) -> Light:
         """Lamp, from the direction `lamp` (B, 3) in the world, and surroundings of the samples."""
-        u, domain = uniform(index, 4, self.seed, "light"), self.domain
-        warm, share = _ramp(u[:, :1], *domain.warmth), _ramp(u[:, 1:2], *domain.ambient)
-        row = lambda *c: torch.tensor(c, device=index.device)
+        def row(*c: float) -> Tensor:
+            return torch.tensor(c, device=index.device)
+
+        u = uniform(index, 4, self.seed, "light")
+        warm = ramp(u[:, :1], *self.domain.warmth)
+        share = ramp(u[:, 1:2], *self.domain.ambient)
         colour = (1 + warm * row(0.22, 0.0, -0.40)) * (1.15 - share) * 1.25
         ambient = (1 + 0.4 * (u[:, 2:3] - 0.6) * row(0.2, 0.0, -0.3)) * share * 1.1
         return Light(lamp, colour, ambient, 0.02 + 0.16 * u[:, 3] ** 2)
@@ -492,7 +386,8 @@ class Synthetic:
     def _photograph(self, image: Tensor, verts: Tensor, joints: Tensor, K: Tensor, albedo: Tensor,
                     lit: Tensor, light: Light) -> dict[str, Tensor]:
         """image (N, 3, S, S), mask (N, S, S), visible (N, 21); a few pictures at a time."""
-        step, out = (16 if self.size <= 128 else 4), []
+        step = 16 if self.size <= 128 else 4
+        out = []
         for a in range(0, len(image), step):
             s = slice(a, a + step)
             lamp = Light(*(x[s] for x in light))
@@ -506,27 +401,33 @@ class Synthetic:
 
     def _develop(self, image: Tensor, pixels: Tensor, light: Light) -> Tensor:
         """Linear colours and coverage (N, 4, S, S) -> uint8 (N, 3, S, S), as a camera stores it."""
-        domain, size, seed = self.domain, self.size, self.seed
-        u, tint = uniform(image, 6, seed, "exposure"), light.ambient + 0.5 * light.colour
-        room = (_scenery(image, seed, size, domain, self.calm) if self.backgrounds is None
-                else self._wallpaper(image))
+        domain = self.domain
+        size = self.size
+        seed = self.seed
+        u = uniform(image, 6, seed, "exposure")
+        tint = light.ambient + 0.5 * light.colour
+        if self.backgrounds is None:
+            room = scenery(image, seed, size, domain.shapes, domain.saturation, self.calm)
+        else:
+            room = self._wallpaper(image)
         tint = (tint / tint.mean(1, keepdim=True)).sqrt()[..., None, None]
         linear = pixels[:, :3] + room.square() * tint * (1 - pixels[:, 3:])
         gain = (0.8 + 0.5 * u[:, :1]) * (1 + 0.08 * (u[:, 1:4] - 0.5))
-        sigma = _ramp(u[:, 4], *domain.blur) * size / 128
+        sigma = ramp(u[:, 4], *domain.blur) * size / 128
         linear = blur(linear, sigma, math.ceil(2 * domain.blur[1] * size / 128))
         display = (linear * gain[..., None, None]).clamp(0, 1).sqrt()
         words = bits(image, size * size, seed, "grain").view(len(image), 1, size, size)
         grain = [((words >> k) & 1023) + ((words >> (k + 10)) & 1023) for k in (3, 23, 43)]
         grain = (torch.cat(grain, 1) - 1023).float() / 417.7              # triangular, variance 1
-        display = display + grain * _ramp(u[:, 5], *domain.noise)[:, None, None, None]
+        display = display + grain * ramp(u[:, 5], *domain.noise)[:, None, None, None]
         return (display * 255 + 0.5).clamp(0, 255).byte()
 
     def _wallpaper(self, image: Tensor) -> Tensor:
         """A random square of one of the user's pictures, (N, 3, S, S) in 0..1."""
-        u, wide = uniform(image, 5, self.seed, "wallpaper"), self.backgrounds.shape[-1]
+        u = uniform(image, 5, self.seed, "wallpaper")
+        wide = self.backgrounds.shape[-1]
         which = (u[:, 0] * len(self.backgrounds)).long()
-        side = _ramp(u[:, 1], 0.5, 1) * wide
+        side = ramp(u[:, 1], 0.5, 1) * wide
         middle = side[:, None] / 2 - 0.5 + u[:, 2:4] * (wide - side)[:, None]
         A = flip(u[:, 4] < 0.5, self.size) @ crop(middle, side, self.size)
         return (warp(self.backgrounds[which].float(), A, self.size, samples=2) / 255).clamp(0, 1)
@@ -561,7 +462,9 @@ class Cached:
     """
 
     def __init__(self, source: Synthetic, folder: str | Path):
-        self.source, self.views, self.box_source = source, source.views, source.box_source
+        self.source = source
+        self.views = source.views
+        self.box_source = source.box_source
         first = self._records(0)
         mark = hashlib.sha256(repr((source.settings, first.dtype)).encode() + first.tobytes())
         for name, value in sorted(source.hand.items()):
@@ -590,9 +493,11 @@ class Cached:
 
     def _write(self, item: int) -> None:
         """Render every block into the file; `item` bytes a sample."""
-        n, part = len(self.source), self.path.with_suffix(".part")
+        n = len(self.source)
+        part = self.path.with_suffix(".part")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        need, free = n * item, shutil.disk_usage(self.path.parent).free
+        need = n * item
+        free = shutil.disk_usage(self.path.parent).free
         print(f"rendering {n} samples of {self.source.name} into {self.path}: {need / 1e6:.0f} MB")
         with open(part, "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -611,14 +516,16 @@ class Cached:
     def targets(self, index: Tensor) -> dict:
         """As `batch` without the pictures; `side_px` (B,) is the side they have."""
         found = self.file[self.source.rows(index)]
-        values = {key: torch.from_numpy(found[key].copy()) for key in found.dtype.names if key != "image"}
+        values = {key: torch.from_numpy(found[key].copy()) for key in found.dtype.names
+                  if key != "image"}
         return self.source.finish(values, index.tolist()) | {
             "side_px": torch.full((len(index),), float(self.source.size))}
 
     def __getitem__(self, row: int) -> dict:
         """One sample, for data sets joined with others; without the mask, which those lack."""
-        one = lambda x: {k: one(v) for k, v in x.items()} if isinstance(x, dict) else x[0]
-        return one({k: v for k, v in self.batch(torch.tensor([row])).items() if k != "mask"})
+        batch = self.batch(torch.tensor([row]))
+        has = {key: value[0] for key, value in batch.pop("has").items()}
+        return {key: value[0] for key, value in batch.items() if key != "mask"} | {"has": has}
 
     def batch(self, index: Tensor, device: torch.device | str = "cpu") -> dict:
         """As `Synthetic.batch`, read back: the bits of its CPU rendering, whatever the device."""
