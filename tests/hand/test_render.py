@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import Mano, axis_angle_to_matrix, project
+from common import Mano, axis_angle_to_matrix, normal, project, six_d_to_matrix
 from hand.builtin import builtin_hand, draw_pose
 from hand.render import Light, rasterise, render, shade, studio, vertex_normals, visible_joints
 from hand.scene import boundary
@@ -65,7 +65,7 @@ def test_front_and_back_silhouettes_of_the_closed_hand_match(mano):
     faces = torch.tensor(np.concatenate([hand["f"], cap]))
     edges = {(int(t[i]), int(t[(i + 1) % 3])) for t in faces for i in range(3)}
     assert all((b, a) in edges for a, b in edges)               # closed, consistently oriented
-    verts, _ = posed(mano, data._turns(index), index)
+    verts, _ = posed(mano, six_d_to_matrix(normal(index, 6, 0, "turn")), index)
     K = camera(16, 192, 450.0)
     front, back = (rasterise(verts, faces, K, 192, back=side) >= 0 for side in (False, True))
     assert front.float().mean() > 0.1
