@@ -1067,7 +1067,7 @@ def summarise(scores: dict[str, Tensor]) -> tuple[dict[str, float], int, int]:
 
 
 SILENT = object()                                                    # the paper does not say
-STAGES = {"pretrain": "pre-training", "finetune": "fine-tuning"}
+STAGES = {"pretrain": ("pre-training", "pre-trains"), "finetune": ("fine-tuning", "fine-tunes")}
 
 
 def arg(default: Any, help: str, paper: Any = SILENT, ref: str = "", why: str = "",
@@ -1133,7 +1133,7 @@ def _describe(field: dataclasses.Field, quick: dict[str, dict[str, Any]]) -> str
     values = {_shown(q[field.name]) for q in quick.values() if field.name in q}
     if values:
         parts.append(f"quick {' / '.join(sorted(values))}")
-    text = f"{STAGES[note['stage']]}: {note['help']}" if note["stage"] else note["help"]
+    text = f"{STAGES[note['stage']][0]}: {note['help']}" if note["stage"] else note["help"]
     if note["choices"] and field.name != "variant":
         text += f": {', '.join(note['choices'])}"
     about = ". ".join(filter(None, parts))
@@ -1169,22 +1169,24 @@ def settle(Config: type, given: dict[str, Any], stage: str,
            quick: dict[str, dict[str, Any]]) -> Any:
     """The Config of one stage: its defaults, then the quick values if asked, then what was given.
 
-    Raises UserError where a value makes no sense, and where a flag was given that only the other
-    stage uses; `--quick` runs both in one command.
+    A warm-up that nobody gave takes a tenth of the epochs at most. Raises UserError where a value
+    makes no sense, and where a flag was given that only the other stage uses; `--quick` runs both
+    in one command.
     """
-    doing = {"pretrain": "pre-trains", "finetune": "fine-tunes"}
-    for option in dataclasses.fields(Config):
-        home = option.metadata["stage"]
-        elsewhere = home and stage in STAGES and home != stage
-        if elsewhere and option.name in given and not given.get("quick"):
-            raise UserError(f"--{option.name.replace('_', '-')}: belongs to {STAGES[home]}, and "
-                            f"this command {doing[stage]}")
+    notes = {option.name: option.metadata for option in dataclasses.fields(Config)}
+    for name in given if stage in STAGES and not given.get("quick") else ():
+        home = notes[name]["stage"]
+        if home not in ("", stage):
+            raise UserError(f"--{name.replace('_', '-')}: belongs to {STAGES[home][0]}, and this "
+                            f"command {STAGES[stage][1]}")
     values = {}
     if stage == "finetune":
-        values = {f.name: f.metadata["finetune"] for f in dataclasses.fields(Config)
-                  if f.metadata["finetune"] is not SILENT}
+        values = {name: note["finetune"] for name, note in notes.items()
+                  if note["finetune"] is not SILENT}
     values |= quick.get(stage, {}) if given.get("quick") else {}
     cfg = Config(**(values | given))
+    if "warmup_epochs" in notes and "warmup_epochs" not in given:      # one that is given wins
+        cfg.warmup_epochs = min(cfg.warmup_epochs, cfg.epochs / 10)
     for name in ("epochs", "batch_size", "micro_batch", "image_size", "samples"):
         least = 0 if name == "epochs" else 1
         value = getattr(cfg, name, least)
