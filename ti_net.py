@@ -1,8 +1,8 @@
 """TI-Net: Learning Transformation-Isomorphic Latent Space for Accurate Hand Pose Estimation.
 
-Ren, Hu, Zhang, Ye, Xia; Pacific Graphics 2025, DOI 10.2312/pg.20251270. The row reproduced is
-Table 2 and Table 3 "Ours": ResNet-50, ImageNet-1K, DexYCB 16.79 / 4.91 mm MPJPE / PA-MPJPE (see
-the last point below for what that protocol is).
+Ren, Hu, Zhang, Ye, Xia; Pacific Graphics 2025, DOI 10.2312/pg.20251270. The last two commands would
+repeat "Ours" of Tables 2 and 3: ResNet-50, ImageNet-1K, DexYCB, 16.79 mm MPJPE and 4.91 mm PA-MPJPE
+by the protocol of point 16. Nothing of that size has been run here.
 
     python ti_net.py --quick                                          minutes on a CPU, no data
     python ti_net.py --data imagenet --root DIR                       the paper's pre-training
@@ -11,53 +11,61 @@ the last point below for what that protocol is).
 The idea: flipping and turning a picture must act on its latent as a linear map, and two of them in
 a row as the product of their maps (Table 1), so that the latent keeps what a pose needs.
 
-Letters: I picture, v latent (B, d), H flip, R_a turn by a counter-clockwise, HR_a flip THEN turn,
-T the latent's operators (Eq. 3), e embedded angle (n), r rank, w weight of the constraints,
-theta (48) axis-angle MANO pose, beta (10) MANO shape. B batch, P pictures of one sample.
+Letters: I picture, v latent (B, d), H flip, R_a turn by a counter-clockwise, HR_a flip THEN turn, T
+the latent's operators (Eq. 3), e embedded angle (n), r rank, w weight of the constraints, theta
+(48) axis-angle MANO pose, beta (10) MANO shape. B batch, P pictures of one sample.
 
-Differs from the paper
- 1. Latent. Eq. 3 concatenates one vector; we pool the 7x7x2048 map to d = 2048 (authors' code: the
-    same), and the decoder reads the map. `decode-latent` reconstructs from the vector, as Eq. 1 says.
+Differs from the paper ("authors' code" and their logs: github.com/Mine268/TI-Net, no licence)
+ 1. Latent. Eq. 3 concatenates one vector: we pool the 7x7x2048 map to d = 2048 and decode the map,
+    as the authors' code does. `decode-latent` decodes the vector, as Eq. 1 says.
  2. Composition. Alg. 1, line 13 writes F1 o F2. Only "F1 first, then F2" agrees with Table 1 and
     Eq. 2; the usual right-to-left reading gives a wrong target in 7 of 9 cells.
- 3. Angles. Alg. 1 uses the same two angles in both places, Table 1 four; four cover the whole table,
-    shared by all losses. `algorithm-1` draws as printed.
- 4. Passes. Pictures reached by several compositions are encoded once: 12 per sample, not 27.
- 5. Norms. Printed unsquared; we take mean squares (authors' code), for which w = 0.001 was set.
-    `unsquared` is as printed; latent norms then grow some 45 times, picture norms 388 times.
- 6. Identity. T_R(v; 0) = v is added (authors' code; costs no picture). `no-identity` leaves it out.
- 7. Embedding. Text: two layers. Code: 2-32-32-32, the last without bias; ours is the code's, n = 32,
-    r = 128. `two-layer-embedding` is the text's.
- 8. M starts at zero, so every operator starts as the identity. `random-m` starts it as the code does.
- 9. Turning. Radians about (W - 1) / 2. The code readable to us (Mine268/TI-Net, utils/utils.py
-    @3d89d588) hands radians to a function of degrees and turns about W / 2: `degrees`, `half-pixel`.
-10. Corners. Turned pictures would show black corners that give the angle away. We cut views from a
-    larger square, without any. `black-corners` is the code's way, `disc` masks every view.
-11. Decoder. Five transposed convolutions, last layer linear, since targets have both signs.
+ 3. Angles. Alg. 1 uses the same two angles in both places, Table 1 four. Four cover the whole
+    table; all losses share them. `algorithm-1` draws as printed.
+ 4. Passes. A picture that several compositions reach is encoded once: 12 for each sample, not 27.
+ 5. Norms. They are printed unsquared. We take mean squares (authors' code), for which w = 0.001 was
+    set. `unsquared` is as printed: n entries of root mean square u then cost sqrt(n) u and not u^2,
+    which at u = 1 is 45 times as much for a latent and 388 times for a picture.
+ 6. Identity. T_R(v; 0) = v is added (authors' code; it costs no picture) but for `no-identity`.
+ 7. Embedding. The text has two layers, the code 2-32-32-32, the last without bias. Ours is the
+    code's, n = 32 and r = 128. `two-layer-embedding` is the text's.
+ 8. M starts at zero, so every operator starts as the identity; `random-m`: as in the code.
+ 9. Turning. We turn by radians about (W - 1) / 2. The code (utils/utils.py @3d89d588) hands radians
+    to a function of degrees and turns about W / 2: `degrees`, `half-pixel`.
+10. Corners. Turned pictures would show black corners, which give the angle away. We cut views from
+    a larger square, without any. `black-corners` is the code's way, `disc` masks every view.
+11. Decoder. Five transposed convolutions, the last layer linear, since targets have both signs.
     `relu-decoder` ends in BatchNorm and ReLU as the code does (resnet/resnet.py @078cab41).
-12. Reconstruction: the mean over every encoded picture (authors' code). Alg. 1 sums over H, R and HR;
-    `reconstruct-3` takes the mean over these, with the angles of line 4.
-13. Schedule. Paper: AdamW, 50 epochs, batch 68, base rate 1.5e-3. Ours, after the authors' logs: rate
-    x batch / 256, one epoch of warm-up, cosine, weight decay 0.05, clip 5. Crops keep at least 0.4 of
-    the area (they are then cut 1.4 times tighter); `authors-crops` keeps 0.2 and turns the source too.
-14. Fine-tuning. Paper: crop, three layers, MANO pose. The rest is the authors' logged recipe (logs/
-    23-20241016-1): L1 on rotation matrices, rate 7.5e-4 constant, batch 128, 120 epochs, no decay. We
-    start the last layer at zero and at the training set's mean pose, and add shape and a weak-
-    perspective camera, read from detached features, so pictures can be drawn; where a data set has
-    joints but no MANO pose, L1 on rooted joints, 10 a metre, stands in.
-15. Limit (ours, proved in the tests): the linear part of Eq. 3 does not depend on the angle, so where
-    all constraints hold exactly, latents do not change under rotation at all. `modulated` lets the
-    angle multiply the rank-r code, v + M((N v) * g(e)), which can represent rotations.
+12. Reconstruction is the mean over every encoded picture (authors' code). Alg. 1 sums over H, R and
+    HR; `reconstruct-3` takes the mean over these, with the angles of line 4.
+13. Schedule. The paper has AdamW, 50 epochs, batch 68 and base rate 1.5e-3. Betas, weight decay
+    0.05, clip 5 and rate = base x batch / 256 are the code's and its logs'. Those do not agree on
+    the rate: the method's own log (sl4) has base 1.5e-4, an earlier variant's (sll) the constant
+    rate 1.5e-3 x 378 / 256. One epoch of warm-up (at most a tenth of the run) and a cosine are
+    ours. Crops keep 0.4 to 1 of the stored square, and 10 cuts them 1.4 times tighter; ImageNet is
+    stored as its pictures' centre squares, so of a 4 : 3 picture a crop keeps 0.3 or more.
+    `authors-crops` keeps 0.2 to 1 and turns the source too.
+14. Fine-tuning. The paper has the crop, three layers and MANO's pose. The rest is the authors' log
+    (logs/23-20241016-1): L1 on rotation matrices, constant rate 7.5e-4, batch 128, 120 epochs and
+    no decay. We start the last layer at zero and at the training set's mean pose, and add shape and
+    a weak-perspective camera, read from detached features, so that pictures can be drawn. Where a
+    data set has joints but no pose, L1 on rooted joints, 10 a metre, stands in.
+15. Limit (ours). Eq. 3 is T_R(v; a) = A v + b(a): A does not know the angle. If it holds exactly on
+    pictures and their turned copies, a = 0 says A u = u for differences u of latents, so T_R(v; a)
+    = v + c(a) with one c for all; n turns give v + n c(a), which stays bounded only for c = 0.
+    Exact latents do not change under rotation. `modulated` can turn them: v + M((N v) * g(e)).
 16. Protocol. The authors' test poses truth and prediction with the TRUE betas and averages over all
-    frames, unlabelled ones too (test_DexYCB.py @7c7f2779), on which their loader also trains; eval.py
-    prints that beside the tool kit's. We do not train on them, so our number there is no better for it.
-17. Data and batch. Paper: ImageNet-1K, 50 epochs, batch 68. The readable logs pre-train on ImageNet-
-    21K-P with 63-64 pictures on each of 4-6 GPUs, and the headline run starts from epoch 9. We read
-    68 as the whole batch; BatchNorm sees 17 samples x 12 pictures. No gradient is stopped anywhere.
+    frames, unlabelled ones too (test_DexYCB.py @7c7f2779), on which their loader also trains.
+    eval.py prints that beside the tool kit's; we do not train on those frames.
+17. Data and batch. The paper has ImageNet-1K and batch 68; both logs pre-train on ImageNet-21K-P,
+    sl4 with 64 pictures on each of 4 GPUs, sll with 63 on each of 6, and the headline run starts
+    from sl4's epoch 9. We read 68 as the whole batch; BatchNorm sees 17 samples x 12 pictures. No
+    gradient is stopped anywhere.
 """
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -78,13 +86,13 @@ from sources.judging import keep_best, launch, mean_hand, probe_error, report
 import torch
 from torch import Tensor, nn
 
-# ---- Config ---------------------------------------------------------------------------------------
+# ---- Config --------------------------------------------------------------------------------------
 
 METHOD = "ti_net"
-MARGIN = 1.7           # stored square / hand box: 1.2 (fine-tuning crop) x sqrt(2), so views can turn
-STORE = 1.5            # stored side / network side: sqrt(2) to turn freely, and some to shrink from
-CROP = 1.2             # fine-tuning crop / hand box (authors' code)
-CLIP = 5.0             # largest norm of pre-training's whole gradient (authors' log)
+MARGIN = 1.7        # stored square / hand box: 1.2 (fine-tuning crop) x sqrt(2), so views can turn
+STORE = 1.5         # stored side / network side: sqrt(2) to turn freely, and some to shrink from
+CROP = 1.2          # fine-tuning crop / hand box (authors' code)
+CLIP = 5.0          # largest norm of pre-training's whole gradient (authors' log)
 
 VARIANTS = {
     "no-ordinary": "leave out L_ord (Eq. 2)",
@@ -107,11 +115,12 @@ VARIANTS = {
     "authors-crops": "source crops of 0.2 to 1 of the area, turned by 0 to 360 degrees",
 }
 
-QUICK = {"pretrain": dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, epochs=1,
-                          batch_size=64, micro_batch=64, samples=2240, decoder_width=32, probe_every=0,
-                          warmup_epochs=0.1, workers=0),
-         "finetune": dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, epochs=6,
-                          batch_size=64, micro_batch=64, samples=2240, workers=0)}
+QUICK = {
+    "pretrain": dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, epochs=1,
+                     batch_size=64, micro_batch=64, samples=2240, decoder_width=32, probe_every=0,
+                     warmup_epochs=0.1, workers=0),
+    "finetune": dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, epochs=6,
+                     batch_size=64, micro_batch=64, samples=2240, workers=0)}
 
 
 @dataclasses.dataclass
@@ -131,17 +140,17 @@ class Config(Flags):
                     ref="Sec. 4.1", finetune=1.5e-3, finetune_why="7.5e-4 at 128: authors' log")
     warmup_epochs: float = arg(1.0, "epochs of linear warm-up, then cosine to 0; 0: constant rate",
                                finetune=0.0, finetune_why="constant: authors' log")
-    weight_decay: float = arg(0.05, "AdamW's decay, not on biases and norms",
+    weight_decay: float = arg(0.05, "AdamW's decay, not on biases and norms", why="authors' code",
                               finetune=0.0, finetune_why="authors' log")
     w: float = arg(1e-3, "weight of the constraints", paper=1e-3, ref="Sec. 3.2, below Eq. 1")
-    rank: int = arg(128, "r of the operators; the paper: r << d")
-    embed_dim: int = arg(32, "n of the embedded angle")
-    decoder_width: int = arg(256, "channels inside the decoder")
+    rank: int = arg(128, "r of the operators; the paper: r << d", why="authors' code")
+    embed_dim: int = arg(32, "n of the embedded angle", why="authors' code")
+    decoder_width: int = arg(256, "channels inside the decoder", why="authors' code")
     probe_every: int = arg(5, "epochs between two frozen-probe pose errors (0: none)")
     variant: tuple[str, ...] = arg((), "named departures, listed below", choices=tuple(VARIANTS))
 
 
-# ---- Views: 12 pictures of one sample, each one warp of the source (Sec. 3.1, Table 1) ------------
+# ---- Views: 12 pictures of one sample, each one warp of the source (Sec. 3.1, Table 1) -----------
 
 
 class Element(NamedTuple):
@@ -151,6 +160,9 @@ class Element(NamedTuple):
     turns: tuple[int, ...]
 
 
+NO_TURN = (0, 0, 0, 0)
+
+
 def compose(first: Element, then: Element) -> Element:
     """Table 1: `first`, then `then`. From R_b H^g R_a H^f and H R_a = R_-a H (rows apply first)."""
     sign = -1 if then.flip else 1
@@ -158,38 +170,55 @@ def compose(first: Element, then: Element) -> Element:
                    tuple(t + sign * f for f, t in zip(first.turns, then.turns)))
 
 
+class Operation(NamedTuple):
+    """One of H, R and HR: its operator, the column of its angle (H has none), what it does."""
+
+    name: str
+    angle: int | None
+    element: Element
+
+
 class Plan(NamedTuple):
-    """Which pictures a sample needs and which constraints tie them; pictures[0] is the source."""
+    """Which pictures a sample needs, the source first, and which constraints tie them.
+
+    ordinary: E(picture) is to equal T(E I); secondary: E(picture) is to equal T_then(T_first(E I)).
+    """
 
     pictures: list[Element]
-    ordinary: list[tuple[str, int, int]]                   # operator, its angle, picture
-    secondary: list[tuple[str, int, str, int, int]]        # first, its angle, then, its angle, picture
+    ordinary: list[tuple[Operation, int]]                   # operation, number of the picture
+    secondary: list[tuple[Operation, Operation, int]]       # first, then, number of the picture
+
+
+def operations(r: int, hr: int) -> list[Operation]:
+    """H, R turning by drawn angle number r, HR by number hr."""
+    def once(k: int) -> tuple[int, ...]:
+        return tuple(int(k == j) for j in range(4))
+
+    return [Operation("H", None, Element(1, NO_TURN)), Operation("R", r, Element(0, once(r))),
+            Operation("HR", hr, Element(1, once(hr)))]
 
 
 def constraint_plan(variant: tuple[str, ...]) -> Plan:
     """Eq. 2, Alg. 1: the ordinary terms, all nine ordered pairs, every distinct picture once.
 
-    Angles are a1, a2 (first operation), b1, b2 (second), columns 0-3 of what `draw_angles` returns;
-    -1 stands for an operation without one. Under `algorithm-1` the columns are alpha, beta of line 4
-    and those of line 10.
+    The four angles of `draw_angles` are a1, a2 of the first operation and b1, b2 of the second.
+    Under `algorithm-1` they are alpha, beta of line 4 and alpha, beta of line 10, the latter for
+    both operations of a pair.
     """
-    turn = lambda k: tuple(int(k == j) for j in range(4))
-    make = lambda r, hr: [("H", -1, Element(1, turn(-1))), ("R", r, Element(0, turn(r))),
-                          ("HR", hr, Element(1, turn(hr)))]
-    literal = "algorithm-1" in variant
-    ordinary, first, then = make(0, 1), make(*((2, 3) if literal else (0, 1))), make(2, 3)
-    if "five-ordinary" in variant:
-        ordinary = ordinary + [op for op in then if op not in ordinary]
-    pictures = [Element(0, turn(-1))]
+    with_a = operations(0, 1)
+    with_b = operations(2, 3)
+    ordinary = with_a + with_b[1:] if "five-ordinary" in variant else with_a
+    first = with_b if "algorithm-1" in variant else with_a
+    pictures = [Element(0, NO_TURN)]
 
     def number(element: Element) -> int:
         if element not in pictures:
             pictures.append(element)
         return pictures.index(element)
 
-    once = [(name, angle, number(element)) for name, angle, element in ordinary]
-    twice = [(n1, k1, n2, k2, number(compose(e1, e2)))
-             for n1, k1, e1 in first for n2, k2, e2 in then]
+    once = [(one, number(one.element)) for one in ordinary]
+    twice = [(one, two, number(compose(one.element, two.element)))
+             for one in first for two in with_b]
     return Plan(pictures, once, twice)
 
 
@@ -204,40 +233,48 @@ def draw_angles(index: Tensor, cfg: Config, epoch: int) -> Tensor:
 
 
 def draw_source(index: Tensor, side: int, cfg: Config, epoch: int, square: int) -> Tensor:
-    """Random resized crop of the stored picture onto a source square: (B,) -> (B, 3, 3)."""
+    """Random resized crop of the stored picture onto a source square, px: (B,) -> (B, 3, 3)."""
     u = uniform(index, 5, cfg.seed, "ti_net crop", epoch)
     authors = "authors-crops" in cfg.variant
     least = 0.2 if authors else 0.4
-    area, ratio = least + (1 - least) * u[:, 0], (3 / 4) ** (1 - 2 * u[:, 1])
+    area = least + (1 - least) * u[:, 0]
+    ratio = (3 / 4) ** (1 - 2 * u[:, 1])                    # 3/4 to 4/3, even in its log
     width = (side * (area * ratio).sqrt()).clamp(max=side)
     height = (side * (area / ratio).sqrt()).clamp(max=side)
-    x, y = u[:, 2] * (side - width), u[:, 3] * (side - height)              # left and top edge, px
-    zero, one, sx, sy = torch.zeros_like(x), torch.ones_like(x), square / width, square / height
-    A = torch.stack([sx, zero, (0.5 - x) * sx - 0.5, zero, sy, (0.5 - y) * sy - 0.5,
-                     zero, zero, one], -1).unflatten(-1, (3, 3))
+    left = u[:, 2] * (side - width)
+    top = u[:, 3] * (side - height)
+    A = torch.eye(3, dtype=u.dtype, device=u.device).repeat(len(index), 1, 1)
+    A[:, 0, 0] = square / width
+    A[:, 1, 1] = square / height
+    A[:, 0, 2] = (0.5 - left) * A[:, 0, 0] - 0.5      # edges lie half a pixel beside centres
+    A[:, 1, 2] = (0.5 - top) * A[:, 1, 1] - 0.5
     return rotation(2 * math.pi * u[:, 4] * authors, square) @ A
 
 
 def view_transforms(angles: Tensor, source: Tensor, plan: Plan, cfg: Config, square: int) -> Tensor:
-    """Stored picture -> every view, (B, 4) rad and (B, 3, 3) -> (B, P, 3, 3). Composed, warped once."""
+    """Stored picture -> every view: (B, 4) rad and `source` (B, 3, 3) -> (B, P, 3, 3).
+
+    The source square of `square` px is flipped, turned about its centre and cut to its middle, all
+    in one matrix, so that a picture is warped once.
+    """
     if "degrees" in cfg.variant:
         angles = angles * math.pi / 180
-    turns = torch.tensor([e.turns for e in plan.pictures], device=angles.device)      # (P, 4)
-    flips = torch.tensor([e.flip for e in plan.pictures], device=angles.device)
-    total = angles @ turns.to(angles.dtype).T                                         # (B, P) rad
-    axis = square + 1 if "half-pixel" in cfg.variant else square
-    cut = translation(torch.full_like(angles[:, :2], -(square - cfg.image_size) / 2))[:, None]
-    turn = rotation(total.flatten(), axis).view(*total.shape, 3, 3)
-    return cut @ turn @ flip(flips, square).to(angles) @ source[:, None]
+    turns = angles.new_tensor([element.turns for element in plan.pictures])              # (P, 4)
+    flips = angles.new_tensor([element.flip for element in plan.pictures])               # (P,)
+    turned = square + 1 if "half-pixel" in cfg.variant else square      # turns about half of it
+    turn = rotation(angles @ turns.T, turned)
+    cut = translation(angles.new_full((1, 2), -(square - cfg.image_size) / 2))
+    return cut @ turn @ flip(flips, square) @ source[:, None]
 
 
 def make_views(batch: dict, cfg: Config, epoch: int, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch -> its views (B, P, 3, S, S), the angles (B, 4) rad and the transforms (B, P, 3, 3)."""
-    image, index, S = batch["image"], batch["index"], cfg.image_size
+    """A batch -> its views (B, P, 3, S, S), the angles (B, 4) rad, the transforms (B, P, 3, 3)."""
+    image = batch["image"]
+    S = cfg.image_size
     corners = {"black-corners", "disc"} & set(cfg.variant)
     square = S if corners else math.ceil(S * math.sqrt(2))
-    angles = draw_angles(index, cfg, epoch)
-    source = draw_source(index, image.shape[-1], cfg, epoch, square)
+    angles = draw_angles(batch["index"], cfg, epoch)
+    source = draw_source(batch["index"], image.shape[-1], cfg, epoch, square)
     A = view_transforms(angles, source, plan, cfg, square)
     views = normalise(warp(image, A, S))
     if "disc" in cfg.variant:
@@ -246,11 +283,11 @@ def make_views(batch: dict, cfg: Config, epoch: int, plan: Plan) -> tuple[Tensor
     return views, angles, A
 
 
-# ---- Model (Sec. 3.2, 3.3) ------------------------------------------------------------------------
+# ---- Model (Sec. 3.2, 3.3) -----------------------------------------------------------------------
 
 
 class Operator(nn.Module):
-    """T(v) = v + M N v, with an angle v + M N cat(v, e): Sec. 3.2 and Eq. 3. `modulated`: see 15."""
+    """T(v) = v + M N v, with an angle v + M N cat(v, e): Sec. 3.2, Eq. 3. `modulated`: see 15."""
 
     def __init__(self, d: int, n: int, cfg: Config):
         super().__init__()
@@ -264,7 +301,8 @@ class Operator(nn.Module):
     def forward(self, v: Tensor, e: Tensor | None = None) -> Tensor:
         if self.modulated:
             return v + self.M(self.N(v) * self.g(e))
-        return v + self.M(self.N(v if e is None else torch.cat([v, e], -1)))
+        code = v if e is None else torch.cat([v, e], -1)
+        return v + self.M(self.N(code))
 
 
 class Operators(nn.Module):
@@ -288,15 +326,16 @@ class Operators(nn.Module):
 
 
 class Decoder(nn.Sequential):
-    """D_aux: one transposed convolution for each halving of the encoder, map -> normalised picture."""
+    """D_aux: a transposed convolution for each halving of the encoder; map -> normalised picture.
+    """
 
     def __init__(self, d: int, stride: int, cfg: Config):
         widths = [d] + [cfg.decoder_width] * (int(math.log2(stride)) - 1) + [3]
         layers: list[nn.Module] = []
-        for k, (a, b) in enumerate(zip(widths, widths[1:])):
-            layers.append(nn.ConvTranspose2d(a, b, 4, 2, 1))
-            if k + 2 < len(widths) or "relu-decoder" in cfg.variant:
-                layers += [nn.BatchNorm2d(b), nn.ReLU(inplace=True)]
+        for k, (before, after) in enumerate(itertools.pairwise(widths), 2):
+            layers.append(nn.ConvTranspose2d(before, after, 4, 2, 1))
+            if k < len(widths) or "relu-decoder" in cfg.variant:
+                layers += [nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
         super().__init__(*layers)
 
 
@@ -315,7 +354,8 @@ class TINet(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.variant, self.plan = cfg.variant, constraint_plan(cfg.variant)
+        self.variant = cfg.variant
+        self.plan = constraint_plan(cfg.variant)
         self.backbone = build_backbone(cfg.backbone, cfg.image_size)
         d, stride = self.backbone.dim, self.backbone.stride
         self.operators = Operators(d, cfg)
@@ -323,18 +363,18 @@ class TINet(nn.Module):
             raise UserError(f"--image-size {cfg.image_size}: pre-training decodes maps of stride "
                             f"{stride}, so it must be a multiple of that")
         self.decoder = None if "no-reconstruction" in cfg.variant else Decoder(d, stride, cfg)
-        every = list(range(len(self.plan.pictures)))
-        self.decoded = [1, 2, 3] if "reconstruct-3" in cfg.variant else every
+        self.decoded = list(range(len(self.plan.pictures)))
+        if "reconstruct-3" in cfg.variant:
+            self.decoded = [1, 2, 3]                                   # H, R and HR of the source
 
     def forward(self, views: Tensor, angles: Tensor) -> Moved:
-        """(B, P, 3, S, S) and (B, 4) rad: every picture encoded once, every constraint's two sides."""
+        """Views (B, P, 3, S, S), angles (B, 4) rad -> both sides of every constraint."""
         B, P = views.shape[:2]
         flat = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        maps = self.backbone(flat)[-1]                                                # (B P, d, h, w)
-        pictures = self.decode(maps.unflatten(0, (B, P))[:, self.decoded]) if self.decoder else None
+        maps = self.backbone(flat)[-1].unflatten(0, (B, P))                    # (B, P, d, h, w)
+        pictures = self.decode(maps[:, self.decoded]) if self.decoder else None
         with torch.autocast(views.device.type, enabled=False):
-            latents = maps.to(torch.promote_types(maps.dtype, torch.float32)).mean((2, 3))
-            v = latents.view(B, P, -1)
+            v = maps.to(torch.promote_types(maps.dtype, torch.float32)).mean((3, 4))
             return Moved(v, *self.move(v[:, 0], angles.to(v.dtype)), pictures)
 
     def decode(self, maps: Tensor) -> Tensor:
@@ -345,20 +385,26 @@ class TINet(nn.Module):
         return self.decoder(maps.flatten(0, 1)).unflatten(0, (B, -1))
 
     def move(self, v: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The operators' side of Eq. 2 for the source's latent v (B, d)."""
-        T = lambda name, u, k: self.operators(name, u, None if k < 0 else angles[:, k])
-        firsts = {(name, k): T(name, v, k) for name, k, *_ in self.plan.ordinary + self.plan.secondary}
-        ordinary = torch.stack([firsts[name, k] for name, k, _ in self.plan.ordinary], 1)
-        secondary = torch.stack([T(n2, firsts[n1, k1], k2)
-                                 for n1, k1, n2, k2, _ in self.plan.secondary], 1)
+        """The operators' side of Eq. 2, as in `Moved`, for the source's v (B, d), angles (B, 4)."""
+        def apply(operation: Operation, latent: Tensor) -> Tensor:
+            angle = None if operation.angle is None else angles[:, operation.angle]
+            return self.operators(operation.name, latent, angle)
+
+        firsts: dict[Operation, Tensor] = {}            # three of them in twelve constraints
+        for operation, *_ in self.plan.ordinary + self.plan.secondary:
+            if operation not in firsts:
+                firsts[operation] = apply(operation, v)
+        ordinary = torch.stack([firsts[one] for one, _ in self.plan.ordinary], 1)
+        secondary = torch.stack([apply(two, firsts[one]) for one, two, _ in self.plan.secondary], 1)
         return ordinary, secondary, self.operators("R", v, torch.zeros_like(angles[:, 0]))
 
 
-# ---- Losses (Eq. 1, 2) ----------------------------------------------------------------------------
+# ---- Losses (Eq. 1, 2) ---------------------------------------------------------------------------
 
 
 def distance(a: Tensor, b: Tensor, unsquared: bool = False) -> Tensor:
-    """(B, ...) twice -> scalar: mean square over batch and entries, or the batch's mean norm (5)."""
+    """(B, ...) twice -> scalar: mean square over batch and entries, or the batch's mean norm (5).
+    """
     difference = (a - b).to(torch.promote_types(a.dtype, torch.float32))
     if unsquared:
         return difference.flatten(1).norm(dim=1).mean()
@@ -366,15 +412,22 @@ def distance(a: Tensor, b: Tensor, unsquared: bool = False) -> Tensor:
 
 
 def ordinary_loss(v: Tensor, moved: Tensor, plan: Plan, unsquared: bool = False) -> Tensor:
-    """Eq. 2, L_ord: sum over operations of |E(F I) - T_F(E I)|; v (B, P, d), moved (B, terms, d)."""
+    """Eq. 2, L_ord: sum of |E(F I) - T_F(E I)|; v (B, P, d), moved (B, terms, d) -> scalar."""
     return sum(distance(v[:, picture], moved[:, k], unsquared)
-               for k, (*_, picture) in enumerate(plan.ordinary))
+               for k, (_, picture) in enumerate(plan.ordinary))
 
 
 def secondary_loss(v: Tensor, moved: Tensor, plan: Plan, unsquared: bool = False) -> Tensor:
-    """Eq. 2, L_sec: sum over the nine ordered pairs of |E(then(first(I))) - T_then(T_first(E I))|."""
+    """Eq. 2, L_sec: sum over nine ordered pairs of |E(then(first(I))) - T_then(T_first(E I))|."""
     return sum(distance(v[:, picture], moved[:, k], unsquared)
-               for k, (*_, picture) in enumerate(plan.secondary))
+               for k, (_, _, picture) in enumerate(plan.secondary))
+
+
+def reconstruction_loss(pictures: Tensor, views: Tensor, decoded: list[int],
+                        unsquared: bool = False) -> Tensor:
+    """Eq. 1, L_classic: mean of |D(E(F I)) - F I|; pictures (B, Q, ...) are of views `decoded`."""
+    return sum(distance(pictures[:, k], views[:, view], unsquared)
+               for k, view in enumerate(decoded)) / len(decoded)
 
 
 def rotation_loss(theta: Tensor, target: Tensor) -> Tensor:
@@ -383,16 +436,25 @@ def rotation_loss(theta: Tensor, target: Tensor) -> Tensor:
     return (R - R_true).abs().flatten(1).sum(1)
 
 
+# twin: handmim.py:masked
+def masked(loss: Tensor, on: Tensor) -> Tensor:
+    """Mean of a loss (n, ...) where `on`; 0 where nothing is. Fill NaN first, or gradients are NaN.
+    """
+    return torch.where(on, loss, 0).sum() / on.sum().clamp(min=1)
+
+
 @torch.no_grad()
 def collapse_monitors(out: Moved, plan: Plan) -> dict[str, Tensor]:
     """Three numbers that tell an isomorphic latent from a collapsed one (15).
 
-    variance: of v over the batch, mean over entries. turn_change: |E(R I) - E(I)|^2 over that variance,
-    0 where turning changes nothing. residual: |E(R I) - T_R(E I)|^2 over |E(R I) - E(I)|^2, 1 where
-    the operator does no better than the identity.
+    variance: of v over the batch, mean over entries. turn_change: |E(R I) - E(I)|^2 over that
+    variance, 0 where turning changes nothing. residual: |E(R I) - T_R(E I)|^2 over
+    |E(R I) - E(I)|^2, 1 where the operator does no better than the identity.
     """
-    k, picture = next((k, p) for k, (name, _, p) in enumerate(plan.ordinary) if name == "R")
-    v, turned = out.v[:, 0], out.v[:, picture]
+    k, picture = next((k, picture) for k, (operation, picture) in enumerate(plan.ordinary)
+                      if operation.name == "R")
+    v = out.v[:, 0]
+    turned = out.v[:, picture]
     variance = v.var(0, correction=0).mean()
     change = distance(turned, v)
     left = distance(turned, out.ordinary[:, k])
@@ -400,19 +462,20 @@ def collapse_monitors(out: Moved, plan: Plan) -> dict[str, Tensor]:
             "residual": left / change.clamp(min=1e-12)}
 
 
-# ---- Fine-tuned network (Sec. 4.1, last sentence) -------------------------------------------------
+# ---- Fine-tuned network (Sec. 4.1, last sentence) ------------------------------------------------
 
 
 def hand_view(image: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Stored squares (B, 3, L, L) -> what the network sees, (B, 3, size, size), and how, (1, 3, 3)."""
+    """Stored squares (B, 3, L, L) -> the network's (B, 3, size, size), and by which A (1, 3, 3)."""
     L = image.shape[-1]
     middle = torch.full((1, 2), (L - 1) / 2, device=image.device)
-    A = crop(middle, torch.full((1,), L * CROP / MARGIN, device=image.device), size)
+    side = torch.full((1,), L * CROP / MARGIN, device=image.device)
+    A = crop(middle, side, size)
     return normalise(warp(image, A.expand(len(image), 3, 3), size)), A
 
 
 class HandNet(nn.Module):
-    """Back-bone, global average, three linear layers to theta; beside them shape and a camera (14)."""
+    """Back-bone, global average, three linear layers to theta; beside them shape, a camera (14)."""
 
     USES = {"image"}
 
@@ -463,12 +526,13 @@ def build(cfg: Config) -> HandNet:
     return HandNet(cfg)
 
 
-# ---- Training -------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
 
 
 def lr_at(step: int, cfg: Config, steps: int) -> float:
     """Rate at a step, `steps` to an epoch: base x batch / 256, warm-up, cosine to 0 (13, 14)."""
-    peak, warm = cfg.lr * cfg.batch_size / 256, cfg.warmup_epochs * steps
+    peak = cfg.lr * cfg.batch_size / 256
+    warm = cfg.warmup_epochs * steps
     if step < warm:
         return peak * (step + 1) / warm
     if not cfg.warmup_epochs:
@@ -478,18 +542,20 @@ def lr_at(step: int, cfg: Config, steps: int) -> float:
 
 def pretrain_step(net: nn.Module, batch: dict, cfg: Config, epoch: int) -> dict[str, Tensor]:
     """Algorithm 1 for one micro-batch: the terms and their weighted sum, Eq. 1."""
-    plan, unsquared = constraint_plan(cfg.variant), "unsquared" in cfg.variant
+    model = unwrapped(net)
+    plan = model.plan
+    unsquared = "unsquared" in cfg.variant
     views, angles, _ = make_views(batch, cfg, epoch, plan)
-    with autocast(views.device):                    # the network only: bfloat16 matrices miss pixels
+    with autocast(views.device):                # the network only: bfloat16 matrices miss pixels
         out = net(views, angles)
-    target = views[:, [1, 2, 3]] if "reconstruct-3" in cfg.variant else views
     L_ord = ordinary_loss(out.v, out.ordinary, plan, unsquared)
     L_sec = secondary_loss(out.v, out.secondary, plan, unsquared)
     L_id = distance(out.identity, out.v[:, 0], unsquared)
-    L_classic = L_ord.new_zeros(()) if out.pictures is None else sum(
-        distance(picture, true, unsquared)
-        for picture, true in zip(out.pictures.unbind(1), target.unbind(1))) / target.shape[1]
-    on = {name: float(f"no-{name}" not in cfg.variant) for name in ("ordinary", "secondary", "identity")}
+    L_classic = L_ord.new_zeros(())
+    if out.pictures is not None:
+        L_classic = reconstruction_loss(out.pictures, views, model.decoded, unsquared)
+    on = {name: float(f"no-{name}" not in cfg.variant)
+          for name in ("ordinary", "secondary", "identity")}
     loss = L_classic + cfg.w * (
         on["ordinary"] * L_ord + on["secondary"] * L_sec + on["identity"] * L_id)
     return {"loss": loss, "L_classic": L_classic, "L_ord": L_ord, "L_sec": L_sec, "L_id": L_id,
@@ -499,21 +565,22 @@ def pretrain_step(net: nn.Module, batch: dict, cfg: Config, epoch: int) -> dict[
 def finetune_step(net: nn.Module, batch: dict, cfg: Config) -> dict[str, Tensor]:
     """Supervised terms of one micro-batch (14), each over the samples that have its label."""
     model = unwrapped(net)
-    has, true = batch["has"], batch["joints"] - batch["joints"][:, :1]
+    has = batch["has"]
     crops, A = hand_view(batch["image"], cfg.image_size)
     with autocast(crops.device):
         theta, beta, camera = net(crops)
-    mean = lambda loss, on: (torch.where(on, loss, 0)).sum() / on.sum().clamp(min=1)
-    rooted = lambda joints: joints - joints[:, :1]
-    joints = rooted(model.mano.joints(axis_angle_to_matrix(theta.unflatten(-1, (16, 3))), beta.detach()))
-    ok = batch["joints_ok"] & batch["joints_ok"][:, :1]                    # rooted: no wrist, no target
+    R = axis_angle_to_matrix(theta.unflatten(-1, (16, 3)))
+    joints = model.mano.joints(R, beta.detach())
+    joints = joints - joints[:, :1]
+    true = batch["joints"] - batch["joints"][:, :1]
+    ok = batch["joints_ok"] & batch["joints_ok"][:, :1]            # rooted: no wrist, no target
     error = torch.where(ok[..., None], joints - true.nan_to_num(), 0)
     uv = (model.project(camera, joints.detach()) - transform(A, batch["uv"])) / cfg.image_size
     seen = uv.isfinite().all(-1)
-    L_theta = mean(rotation_loss(theta, batch["pose"].nan_to_num()), has["pose"])
-    L_joints = mean(10 * error.abs().flatten(1).sum(1), ok.any(1) & ~has["pose"])        # 10 / m: ours
-    L_beta = mean((beta - batch["shape"].nan_to_num()).square().mean(1), has["shape"])
-    L_camera = mean(uv.abs().sum(-1), seen)
+    L_theta = masked(rotation_loss(theta, batch["pose"].nan_to_num()), has["pose"])
+    L_joints = masked(10 * error.abs().flatten(1).sum(1), ok.any(1) & ~has["pose"])   # 10 / m: ours
+    L_beta = masked((beta - batch["shape"].nan_to_num()).square().mean(1), has["shape"])
+    L_camera = masked(uv.abs().sum(-1), seen)
     loss = L_theta + L_joints + L_beta + L_camera
     return {"loss": loss, "L_theta": L_theta, "L_joints": L_joints, "L_beta": L_beta,
             "L_camera": L_camera}
@@ -623,10 +690,16 @@ def finetune(cfg: Config, out: Path, row: str, device: torch.device) -> None:
     barrier()                                              # others read what the first wrote
 
 
+# twin: handmim.py:some
+def some(data: Any, n: int, device: torch.device) -> dict:
+    """A batch of n samples, evenly spaced."""
+    return next(batches(data, [torch.linspace(0, len(data) - 1, n).long()], device, 0))
+
+
 @torch.no_grad()
 def draw_views(folder: Path, data: Any, cfg: Config, device: torch.device, plan: Plan) -> None:
-    """views.png: every picture of four samples, with key points moved along where they are known."""
-    batch = next(batches(data, [torch.linspace(0, len(data) - 1, 4).long()], device, 0))
+    """views.png: every picture of four samples, with key points moved along where known."""
+    batch = some(data, 4, device)
     views, _, A = make_views(batch, cfg, 0, plan)
     uv = transform(A, batch["uv"][:, None])
     rows = [[draw_skeleton(denormalise(view), points) for view, points in zip(row, moved)]
@@ -636,7 +709,7 @@ def draw_views(folder: Path, data: Any, cfg: Config, device: torch.device, plan:
 
 def draw_crops(folder: Path, data: Any, cfg: Config, device: torch.device) -> None:
     """views.png of fine-tuning: eight crops as the network sees them, with their key points."""
-    batch = next(batches(data, [torch.linspace(0, len(data) - 1, 8).long()], device, 0))
+    batch = some(data, 8, device)
     crops, A = hand_view(batch["image"], cfg.image_size)
     drawn = [draw_skeleton(denormalise(view), uv, width=160)
              for view, uv in zip(crops, transform(A, batch["uv"]))]
@@ -646,12 +719,11 @@ def draw_crops(folder: Path, data: Any, cfg: Config, device: torch.device) -> No
 @torch.no_grad()
 def draw_reconstructions(folder: Path, model: TINet, data: Any, cfg: Config,
                          device: torch.device) -> None:
-    """reconstructions.png: six pictures and what the decoder makes of them, BatchNorm as trained."""
+    """reconstructions.png: six pictures and what the decoder makes of them, in training mode."""
     if model.decoder is None:
         return
     model.train()
-    batch = next(batches(data, [torch.linspace(0, len(data) - 1, 6).long()], device, 0))
-    views, angles, _ = make_views(batch, cfg, 0, model.plan)
+    views, angles, _ = make_views(some(data, 6, device), cfg, 0, model.plan)
     out = model(views, angles)
     rows = [[denormalise(x[0]) for x in side] for side in (views[:, model.decoded], out.pictures)]
     sheet(folder / "reconstructions.png", rows, labels=("input", "decoded"))
@@ -659,32 +731,35 @@ def draw_reconstructions(folder: Path, model: TINet, data: Any, cfg: Config,
 
 def element_name(element: Element) -> str:
     """I, H, R or HR with its angle, as Table 1 writes it."""
-    names = ("a1", "a2", "b1", "b2")
-    angle = "".join(f"{'+' if t > 0 else '-'}{abs(t) if abs(t) > 1 else ''}{n}"
-                    for t, n in zip(element.turns, names) if t).removeprefix("+")
-    return ("H" * element.flip + "R" * bool(angle) or "I") + f" {angle}".rstrip()
+    angle = "".join(f"{'+' if times > 0 else '-'}{abs(times) if abs(times) > 1 else ''}{name}"
+                    for times, name in zip(element.turns, ("a1", "a2", "b1", "b2")) if times)
+    letters = "H" * element.flip + "R" * bool(angle) or "I"
+    return f"{letters} {angle.removeprefix('+')}".rstrip()
 
 
-# ---- CLI ------------------------------------------------------------------------------------------
+# ---- CLI -----------------------------------------------------------------------------------------
 
 
 def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
     """One stage, or with --quick all of them."""
     given = remember(out, recall(given | {"out": str(out)}))
-    make = lambda stage, **more: settle(Config, given | more, stage, QUICK)
-    if given.get("quick"):
-        pretrain(make("pretrain"), out, device)
-        for init in ("random", str(out / "backbone.pt")):
-            target = given.get("finetune") or make("pretrain").data[0]
-            cfg = make("finetune", init=init, finetune=target)
-            finetune(cfg, out, row_name(init), device)
-        report(cfg, out, ["scratch", row_name(init)], device, build, stored_side(cfg), MARGIN)
-    elif given.get("finetune"):
-        cfg = make("finetune")
-        finetune(cfg, out, row_name(cfg.init), device)
-        report(cfg, out, [row_name(cfg.init)], device, build, stored_side(cfg), MARGIN)
-    else:
-        pretrain(make("pretrain"), out, device)
+    if given.get("finetune") and not given.get("quick"):
+        cfg = settle(Config, given, "finetune", QUICK)
+        rows = [row_name(cfg.init)]
+        finetune(cfg, out, rows[0], device)
+        report(cfg, out, rows, device, build, stored_side(cfg), MARGIN)
+        return
+    cfg = settle(Config, given, "pretrain", QUICK)
+    pretrain(cfg, out, device)
+    if not given.get("quick"):
+        return
+    target = given.get("finetune") or cfg.data[0]
+    rows = []
+    for init in ("random", str(out / "backbone.pt")):
+        cfg = settle(Config, given | {"init": init, "finetune": target}, "finetune", QUICK)
+        rows.append(row_name(init))
+        finetune(cfg, out, rows[-1], device)
+    report(cfg, out, rows, device, build, stored_side(cfg), MARGIN)
 
 
 def main(argv: list[str] | None = None) -> None:
