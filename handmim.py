@@ -26,8 +26,10 @@ Differs from the paper (it has no public code; "iBOT" is bytedance/ibot @da316d8
     it is the peak; ten epochs of warm-up, cosine to 1e-6; decay 0.04 to 0.4; teacher's momentum
     0.996 to 1; temperatures 0.1 and 0.04 to 0.07 over 30 epochs; centres 0.9; clipping at 3, each
     tensor by its own norm; stochastic depth 0.1 for the student; prototypes still for an epoch,
-    their norms too but for ViT-S. Warm-up and still prototypes take at most a tenth of a run, so
-    short ones work.
+    their norms too but for ViT-S. Still prototypes, and a warm-up that is not given, take at most a
+    tenth of a run, so short ones work. Of its start the teacher keeps exp(-(1 - m) steps / 2): of
+    0.996 nothing after 86,400 steps, but a sixth of 0.95 after --quick's 70, which begin at 0.87
+    so that 1 % is left.
  2. Masks. The text says M = 1 keeps a token, its formula and Eq. 2 and 9 that M = 1 hides it: 1
     hides. Block-wise as iBOT; `random-mask`. One ratio in U[0.1, 0.5] for each picture and view.
  3. Latent. "A shared MLP", then 128 x 2 = 256 numbers: the width of iBOT's bottleneck. We undo the
@@ -42,8 +44,10 @@ Differs from the paper (it has no public code; "iBOT" is bytedance/ibot @da316d8
     less.
  5. Views. Eq. 3 has one gamma, so crops are square: area U(0.08, 1) of the square 1.2 x the hand's
     box. Rotation U(0, 150) degrees as printed; `symmetric` takes both signs. Crop and rotation are
-    one warp of a larger square, so no black corner gives the angle away. No flip: Eq. 3 has none.
-    Colour jitter, grey, blur and solarisation have iBOT's strengths and chances.
+    one warp of a larger stored square, so turning cuts no black corner that would give the angle
+    away; where that square leaves its picture (a hand near the edge) it is black, as stored, and
+    that border turns along. No flip: Eq. 3 has none. Colour jitter, grey, blur and solarisation
+    have iBOT's strengths and chances.
  6. Eq. 6 and 7 are sums of two terms; we take means, as iBOT. `summed` is as printed.
  7. Decoder. Eq. 8 leaves T^0 (absent), widths (8, 4, 2, 1 x --decoder-width) and activations (GELU)
     open. L^i are raw block outputs, shallow first, `deep-first` reversed. They must grow to T^i's
@@ -163,7 +167,7 @@ FINETUNE_VARIANTS = {"linear-rectifiers", "pymaf-sampler"}
 
 SMALL = dict(data=("synthetic:calm",), backbone="vit_mini", image_size=64, batch_size=64,
              micro_batch=64, samples=2240, workers=0)
-QUICK = {"pretrain": SMALL | dict(epochs=2, lr=8e-3, teacher_momentum=0.95, prototypes=512,
+QUICK = {"pretrain": SMALL | dict(epochs=2, lr=8e-3, teacher_momentum=0.87, prototypes=512,
                                   head_hidden=256, decoder_width=16, probe_every=0),
          "finetune": SMALL | dict(epochs=4, batch_size=32, micro_batch=32, lr=1e-3)}
 
@@ -174,8 +178,10 @@ class Config(Flags):
 
     backbone: str = arg("vit_s", "the vision transformer; Tab. 1 also has vit_b and vit_l",
                         paper="vit_s", ref="Tab. 1, 3, 5", choices=VITS)
-    image_size: int = arg(224, "side of the network's input, px", paper=224, ref="Sec. 3.2")
-    epochs: int = arg(400, "passes over the data; pre-training ViT-L: 250 (Sec. 3.1)", paper=400,
+    image_size: int = arg(224, "side of the network's input, px", ref="Sec. 3.2",
+                          why="fine-tuning's, whose positions then fit", finetune=224,
+                          finetune_paper=224)
+    epochs: int = arg(400, "passes over the data; pre-training vit_l: 250, as the paper", paper=400,
                       ref="Sec. 3.1, 3.2", finetune=100, finetune_paper=100)
     batch_size: int = arg(1024, "samples a step, over all processes", paper=1024,
                           ref="Sec. 3.1, 3.2", finetune=128, finetune_paper=128)
@@ -185,22 +191,36 @@ class Config(Flags):
                     "fine-tuning: as it is, constant", paper=2e-3, ref="Sec. 3.1, 3.2",
                     finetune=4e-5, finetune_paper=4e-5)
     objective: str = arg("handmim", "what to pre-train with; ibot is Tab. 3's baseline",
-                         paper="handmim", ref="Tab. 3", choices=("handmim", "ibot"))
-    freeze_blocks: int = arg(0, "fine-tuning: leave embeddings and the first N blocks as they are",
-                             paper=0, ref="Sec. 3.3, Fig. 7")
-    warmup_epochs: float = arg(10.0, "epochs from rate 0 to its peak, at most a tenth; then cosine",
-                               why="iBOT")
+                         paper="handmim", ref="Tab. 3", choices=("handmim", "ibot"),
+                         stage="pretrain")
+    freeze_blocks: int = arg(0, "leave embeddings and the first N blocks as they are", paper=0,
+                             ref="Sec. 3.3, Fig. 7", stage="finetune")
+    warmup_epochs: float = arg(10.0, "epochs from rate 0 to its peak, then a cosine; if not given, "
+                               "at most a tenth of all", why="iBOT", stage="pretrain")
     weight_decay: float = arg(0.4, "AdamW's decay at the end, from a tenth of it by a cosine",
                               why="iBOT", finetune=0.0, finetune_why="Adam has none")
     teacher_momentum: float = arg(0.996, "of the teacher at first, 1 at last, by a cosine",
-                                  why="iBOT")
-    drop_path: float = arg(0.1, "chance that the student's last block is skipped", why="iBOT")
-    prototypes: int = arg(8192, "K, scores that latents are compared by", why="iBOT")
-    head_hidden: int = arg(2048, "width inside the shared MLP", why="iBOT")
+                                  why="iBOT", stage="pretrain")
+    drop_path: float = arg(0.1, "chance that the student's last block is skipped", why="iBOT",
+                           stage="pretrain")
+    prototypes: int = arg(8192, "K, scores that latents are compared by", why="iBOT",
+                          stage="pretrain")
+    head_hidden: int = arg(2048, "width inside the shared MLP", why="iBOT", stage="pretrain")
     decoder_width: int = arg(32, "channels of the decoder's last layer but one; 2, 4, 8 x before",
-                             why="ours")
-    probe_every: int = arg(20, "epochs between two frozen-probe pose errors (0: none)", why="ours")
+                             why="ours", stage="pretrain")
+    probe_every: int = arg(20, "epochs between two frozen-probe pose errors (0: none)", why="ours",
+                           stage="pretrain")
     variant: tuple[str, ...] = arg((), "named departures, listed below", choices=tuple(VARIANTS))
+
+
+def configure(given: dict[str, Any], stage: str) -> Config:
+    """The Config of a stage; two defaults hang on other options, and what is given wins."""
+    cfg = settle(Config, given, stage, QUICK)
+    if stage == "pretrain" and cfg.backbone == "vit_l" and cfg.epochs == Config.epochs:
+        cfg = dataclasses.replace(cfg, epochs=given.get("epochs", 250))               # Sec. 3.1
+    if "warmup_epochs" not in given:
+        cfg = dataclasses.replace(cfg, warmup_epochs=min(cfg.warmup_epochs, cfg.epochs / 10))
+    return cfg
 
 
 # ---- Views: two of a sample, each one warp of the source (Sec. 2.2, 3.1) ------------------------
@@ -408,8 +428,9 @@ class Prototypes(nn.Module):
         return self.scores(F.normalize(z, dim=-1))
 
     def scores(self, z: Tensor) -> Tensor:
-        """Of latents that are normalised already; linear in them."""
-        return F.linear(z, self.weight_g * F.normalize(self.weight_v, dim=-1))
+        """Of latents that are normalised already; linear in them, never in bfloat16."""
+        with torch.autocast(z.device.type, enabled=False):
+            return F.linear(z, self.weight_g * F.normalize(self.weight_v, dim=-1))
 
 
 class Head(nn.Module):
@@ -471,14 +492,14 @@ class Decoder(nn.Module):
 class Out(NamedTuple):
     """What one pass yields; logits have a trailing axis of K, or of (2, 128) with reading C."""
 
-    student: Tensor             # (B, 2, K) class tokens
-    teacher: Tensor             # (B, 2, K)
-    student_patch: Tensor       # (T, K) the hidden patches of all views
-    teacher_patch: Tensor       # (T, K)
-    weight: Tensor              # (T,) so that a sum is the mean over views of means over patches
-    centre: Tensor              # (K,) mean of the teacher's class logits
-    centre_patch: Tensor        # (K,) mean over all of the teacher's patches, hidden or not
-    pictures: Tensor | None     # (B, 2, 3, S, S) recovered views
+    teacher: Tensor                         # (B, 2, K) class tokens
+    centre: Tensor                          # (K,) their mean
+    student: Tensor | None = None           # (B, 2, K) class tokens; not of `no-pose`
+    student_patch: Tensor | None = None     # (T, K) hidden patches of all views; not of `no-patch`
+    teacher_patch: Tensor | None = None     # (T, K)
+    weight: Tensor | None = None            # (T,): their sum is a mean over views of means
+    centre_patch: Tensor | None = None      # (K,) mean over the teacher's patches, hidden or not
+    pictures: Tensor | None = None          # (B, 2, 3, S, S) recovered views; not of `no-recon`
 
 
 class HandMIM(nn.Module):
@@ -504,6 +525,8 @@ class HandMIM(nn.Module):
             shape = LATENT[::-1]
         self.register_buffer("centre", torch.zeros(shape))
         self.register_buffer("centre_patch", torch.zeros(shape))
+        if {"no-pose", "no-patch"} <= set(cfg.variant):         # nothing asks for latents
+            self.student.head.requires_grad_(False)
 
     def forward(self, views: Tensor, masks: Tensor, view: View, keep: Tensor | None) -> Out:
         """Eq. 5: (B, 2, 3, S, S), (B, 2, N) bool, how views were cut, `draw_paths` -> `Out`."""
@@ -513,27 +536,27 @@ class HandMIM(nn.Module):
         vit = self.student.backbone
         embedded = vit.embed(x, hidden, self.masked_embed)
         tokens, taps = walk(vit, embedded, keep, self.taps if self.decoder else ())
-        z = self.student.head(tokens[:, 0]).unflatten(0, (-1, 2))           # (B, 2, 256)
-        z_patch = self.student.head(tokens[:, 1:][hidden])                  # (T, 256)
-        pictures = None
+        with torch.no_grad():                                               # it sees whole views
+            true = self.teacher.backbone.tokens(x)
+            true = self.teacher.head(true[:, :1] if "no-patch" in self.cfg.variant else true)
+        teacher = self.class_logits(self.teacher, true[:, 0].unflatten(0, (-1, 2)), view)
+        out = Out(teacher=teacher, centre=teacher.mean((0, 1)))
+        if "no-pose" not in self.cfg.variant:
+            z = self.student.head(tokens[:, 0]).unflatten(0, (-1, 2))       # (B, 2, 256)
+            out = out._replace(student=self.class_logits(self.student, z, view))
+        if "no-patch" not in self.cfg.variant:
+            z = self.student.head(tokens[:, 1:][hidden])                    # (T, 256)
+            weight = 1 / hidden.sum(1, keepdim=True).clamp(min=1) / len(x)
+            out = out._replace(
+                student_patch=self.logits(self.student, z),
+                teacher_patch=self.logits(self.teacher, true[:, 1:][hidden]),
+                weight=weight.to(z.dtype).expand_as(hidden)[hidden],
+                centre_patch=self.mean_logits(true[:, 1:].flatten(0, 1)))
         if self.decoder:
             order = reversed(taps) if "deep-first" in self.cfg.variant else taps
-            pictures = self.decoder([tap[:, 1:] for tap in order]).unflatten(0, (-1, 2))
-        with torch.no_grad():                                               # it sees whole views
-            true = self.teacher.head(self.teacher.backbone.tokens(x))       # (2 B, 1 + N, 256)
-        patches = true[:, 1:]
-        weight = 1 / hidden.sum(1, keepdim=True).clamp(min=1) / len(x)
-        with torch.autocast(x.device.type, enabled=False):
-            teacher = self.class_logits(self.teacher, true[:, 0].unflatten(0, (-1, 2)), view)
-            return Out(
-                student=self.class_logits(self.student, z, view),
-                teacher=teacher,
-                student_patch=self.logits(self.student, z_patch),
-                teacher_patch=self.logits(self.teacher, patches[hidden]),
-                weight=weight.to(z.dtype).expand_as(hidden)[hidden],
-                centre=teacher.mean((0, 1)),
-                centre_patch=self.mean_logits(patches.flatten(0, 1)),
-                pictures=pictures)
+            pictures = self.decoder([tap[:, 1:] for tap in order])
+            out = out._replace(pictures=pictures.unflatten(0, (-1, 2)))
+        return out
 
     def class_logits(self, network: Network, z: Tensor, view: View) -> Tensor:
         """Sec. 2.2: latents (B, 2, 256) as points, each view's transform undone, their logits."""
@@ -827,7 +850,7 @@ def lr_at(step: int, cfg: Config, steps: int) -> float:
     """Rate at a step, `steps` to an epoch: see --lr and (1)."""
     if cfg.finetune:
         return cfg.lr
-    warm = round(min(cfg.warmup_epochs, cfg.epochs / 10) * steps)
+    warm = round(cfg.warmup_epochs * steps)
     return cosine(step, cfg.epochs * steps, cfg.lr * cfg.batch_size / 1024, FINAL_LR, warm)
 
 
@@ -850,17 +873,21 @@ def pretrain_step(net: nn.Module, batch: dict, cfg: Config, epoch: int) -> dict[
         out = net(views, masks, view, keep)
     tau = teacher_tau(epoch)
     times = 2 if "summed" in cfg.variant else 1
-    L_pose = times * pose_loss(out.student, out.teacher, model.centre, tau)
-    L_patch = times * patch_loss(out.student_patch, out.teacher_patch, model.centre_patch,
-                                 out.weight, tau)
-    L_recon = L_pose.new_zeros(())
+    zero = views.new_zeros(())
+    L_pose, L_patch, L_recon = zero, zero, zero         # what a variant leaves out is not computed
+    if out.student is not None:
+        L_pose = times * pose_loss(out.student, out.teacher, model.centre, tau)
+    if out.student_patch is not None:
+        L_patch = times * patch_loss(out.student_patch, out.teacher_patch, model.centre_patch,
+                                     out.weight, tau)
     if out.pictures is not None:
         L_recon = recon_loss(out.pictures.flatten(0, 1), views.flatten(0, 1), masks.flatten(0, 1))
-    on = {name: float(f"no-{name}" not in cfg.variant) for name in ("pose", "patch")}
-    loss = on["pose"] * L_pose + on["patch"] * L_patch + L_recon                          # Eq. 10
+    loss = L_pose + L_patch + L_recon                                                     # Eq. 10
+    means = {"centre": out.centre}
+    if out.centre_patch is not None:
+        means["centre_patch"] = out.centre_patch
     return {"loss": loss, "L_pose": L_pose, "L_patch": L_patch, "L_recon": L_recon,
-            **collapse_monitors(out.teacher, model.centre, tau),
-            "centre": out.centre, "centre_patch": out.centre_patch}
+            **collapse_monitors(out.teacher, model.centre, tau), **means}
 
 
 def clip_each(gradients: list[Tensor], limit: float) -> None:
@@ -889,13 +916,12 @@ def update_teacher(model: HandMIM, momentum: float) -> None:
 
 
 @torch.no_grad()
-def update_centres(model: HandMIM, mean: Tensor, mean_patch: Tensor) -> None:
-    """Centres move a tenth toward the step's mean logits, of all of its pictures (9)."""
-    for centre, now in ((model.centre, mean), (model.centre_patch, mean_patch)):
-        if world() > 1:
-            torch.distributed.all_reduce(now)
-            now /= world()
-        centre.lerp_(now.to(centre.dtype), 1 - CENTRE_MOMENTUM)
+def update_centre(centre: Tensor, mean: Tensor) -> None:
+    """A centre moves a tenth toward a step's mean logits, of all of its pictures (9)."""
+    if world() > 1:
+        torch.distributed.all_reduce(mean)
+        mean /= world()
+    centre.lerp_(mean.to(centre.dtype), 1 - CENTRE_MOMENTUM)
 
 
 def finetune_step(net: nn.Module, batch: dict, cfg: Config, epoch: int) -> dict[str, Tensor]:
@@ -973,10 +999,11 @@ def check_pretraining(cfg: Config) -> None:
     if wrong := set(cfg.variant) - known:
         raise UserError(f"--variant {' '.join(sorted(wrong))}: pre-training with --objective "
                         f"{cfg.objective} knows {', '.join(sorted(known))}")
-    if cfg.freeze_blocks:
-        raise UserError("--freeze-blocks belongs to --finetune")
     if {"reading-a", "reading-c"} <= set(cfg.variant):
         raise UserError("--variant: a class token has one reading; take reading-a or reading-c")
+    losses = {"no-pose", "no-patch"} | ({"no-recon"} if cfg.objective == "handmim" else set())
+    if losses <= set(cfg.variant):
+        raise UserError(f"--variant {' '.join(sorted(losses))}: no loss is left to learn from")
 
 
 def pretrain(cfg: Config, out: Path, device: torch.device, file: str = "backbone.pt") -> None:
@@ -1024,7 +1051,9 @@ def pretrain(cfg: Config, out: Path, device: torch.device, file: str = "backbone
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             update_teacher(model, cosine(run.step, total, cfg.teacher_momentum, 1.0))
-            update_centres(model, sums.pop("centre"), sums.pop("centre_patch"))
+            update_centre(model.centre, sums.pop("centre"))
+            if "centre_patch" in sums:
+                update_centre(model.centre_patch, sums.pop("centre_patch"))
             run.advance(sums, epoch, lr=rate, may_save=step + 1 < steps)
         measured = {}
         last = epoch + 1 == cfg.epochs
@@ -1177,31 +1206,28 @@ def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
     """One stage, or with --quick all of them: Tab. 3 in small."""
     given = remember(out, recall(given | {"out": str(out)}))
 
-    def config(stage: str, **more: Any) -> Config:
-        return settle(Config, given | more, stage, QUICK)
-
     if given.get("quick"):
         every = given.get("variant", ())
         tuning = tuple(name for name in every if name in FINETUNE_VARIANTS)
         before = tuple(name for name in every if name not in FINETUNE_VARIANTS)
-        ibot = config("pretrain", objective="ibot", variant=(), freeze_blocks=0)
+        ibot = configure(given | dict(objective="ibot", variant=()), "pretrain")
         pretrain(ibot, out, device, "backbone-ibot.pt")
-        ours = config("pretrain", objective="handmim", variant=before, freeze_blocks=0)
+        ours = configure(given | dict(objective="handmim", variant=before), "pretrain")
         pretrain(ours, out, device)
         inits = {"scratch": "random", "ibot": str(out / "backbone-ibot.pt"),
                  "-".join((METHOD, *every)): str(out / "backbone.pt")}
         target = given.get("finetune") or ours.data[0]
         for row, init in inits.items():
-            cfg = config("finetune", init=init, finetune=target, variant=tuning)
+            cfg = configure(given | dict(init=init, finetune=target, variant=tuning), "finetune")
             finetune(cfg, out, row, device)
         report(cfg, out, list(inits), device, build, stored_side(cfg), MARGIN)
     elif given.get("finetune"):
-        cfg = config("finetune")
+        cfg = configure(given, "finetune")
         row = "-".join((row_name(cfg.init), *cfg.variant))
         finetune(cfg, out, row, device)
         report(cfg, out, [row], device, build, stored_side(cfg), MARGIN)
     else:
-        pretrain(config("pretrain"), out, device)
+        pretrain(configure(given, "pretrain"), out, device)
 
 
 def main(argv: list[str] | None = None) -> None:

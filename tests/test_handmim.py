@@ -29,7 +29,7 @@ from hand.builtin import builtin_hand
 from handmim import (Config, Decoder, HandMIM, HandNet, Head, PointMlp, View, block_mask, cosine,
                      crop_intrinsics, draw_mask, draw_paths, draw_view, draw_views, finetune_step, in_latent_units, lr_at,
                      make_views, move, patch_loss, pose_loss, pretrain_step, random_mask,
-                     recon_loss, sample, taps_of, teacher_tau, undo, update_centres, walk)
+                     recon_loss, sample, taps_of, teacher_tau, undo, update_centre, walk)
 
 ROOT = Path(__file__).parent.parent
 EXACT = torch.float64
@@ -316,7 +316,8 @@ def test_one_training_step_matches_golden(golden):
     assert set(found) == set(g["B_gradnorm_names"])
     for name, norm in zip(g["B_gradnorm_names"], step("gradnorm_preclip")):
         assert float(found[name].grad.norm()) == pytest.approx(norm, rel=1e-4, abs=1e-7), name
-    update_centres(model, teacher.mean((0, 1)), teacher_patch.mean((0, 1, 2)))
+    update_centre(model.centre, teacher.mean((0, 1)))
+    update_centre(model.centre_patch, teacher_patch.mean((0, 1, 2)))
     assert torch.allclose(model.centre, torch.tensor(step("center"))[0], atol=1e-6)
     assert torch.allclose(model.centre_patch, torch.tensor(step("center2"))[0, 0], atol=1e-6)
     assert {n for n, p in found.items() if p.ndim > 1} == set(g["B_decayed_names"])
@@ -336,11 +337,10 @@ def test_losses_and_gradients_match_golden(golden):
     (L_pose + L_patch).backward()
     assert torch.allclose(sc.grad, by_view(g["C2_gsc"]), atol=1e-6)
     assert torch.allclose(sp.grad, by_view(g["C2_gsp"]), atol=1e-6)
-    model = HandMIM(Config(**TINY | dict(prototypes=24)))
-    model.centre.copy_(centre), model.centre_patch.copy_(centre_patch)
-    update_centres(model, tc.mean((0, 1)), tp.mean((0, 1, 2)))
-    assert torch.allclose(model.centre, torch.tensor(g["C2_center"])[0], atol=1e-6)
-    assert torch.allclose(model.centre_patch, torch.tensor(g["C2_center2"])[0, 0], atol=1e-6)
+    update_centre(centre, tc.mean((0, 1)))
+    update_centre(centre_patch, tp.mean((0, 1, 2)))
+    assert torch.allclose(centre, torch.tensor(g["C2_center"])[0], atol=1e-6)
+    assert torch.allclose(centre_patch, torch.tensor(g["C2_center2"])[0, 0], atol=1e-6)
 
 
 def test_schedules_match_golden(golden):
@@ -358,7 +358,7 @@ def test_schedules_hold_for_runs_of_any_length():
     assert lr_at(0, Config(batch_size=256, epochs=1, warmup_epochs=0), 5) == pytest.approx(5e-4)
     assert [teacher_tau(e) for e in (0, 1, 29, 399)] == pytest.approx([0.04, 0.04 + 0.03 / 29, 0.07, 0.07])
     for epochs in (1, 2, 3):
-        short = Config(epochs=epochs)
+        short = handmim.configure({"epochs": epochs}, "pretrain")
         assert all(0 <= lr_at(k, short, 4) <= 2e-3 for k in range(4 * epochs))
     tuned = Config(finetune="synthetic", lr=4e-5)
     assert lr_at(0, tuned, 9) == lr_at(900, tuned, 9) == 4e-5
@@ -489,7 +489,7 @@ def two_steps(variant, objective="handmim"):
         terms["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
-        update_centres(model, terms["centre"], terms["centre_patch"])
+        update_centre(model.centre, terms["centre"])
     return float(terms["loss"].detach()), model.student.backbone.patch_embed.proj.weight.detach().clone()
 
 
@@ -512,6 +512,39 @@ def test_variant_changes_loss_and_weights(plain, variant):
 def test_two_equal_runs_are_equal(plain):
     loss, weight = two_steps(())
     assert loss == plain["handmim"][0] and torch.equal(weight, plain["handmim"][1])
+
+
+def test_vit_l_pretrains_for_250_epochs_unless_told_otherwise():
+    """Sec. 3.1; fine-tuning takes 100 of every size (Sec. 3.2)."""
+    assert handmim.configure({"backbone": "vit_l"}, "pretrain").epochs == 250
+    assert handmim.configure({"backbone": "vit_b"}, "pretrain").epochs == 400
+    assert handmim.configure({"backbone": "vit_l", "epochs": 400}, "pretrain").epochs == 400
+    assert handmim.configure({"backbone": "vit_l", "quick": True}, "pretrain").epochs == 2
+    assert handmim.configure({"backbone": "vit_l", "finetune": "synthetic"}, "finetune").epochs == 100
+
+
+def test_the_quick_teacher_forgets_its_random_start():
+    """Of 2 x 2,240 / 64 = 70 steps: a product of momenta of at most 1 %; the paper's steps leave nothing."""
+    cfg = handmim.configure({"quick": True}, "pretrain")
+    steps = cfg.epochs * (cfg.samples // cfg.batch_size)
+    left = math.prod(cosine(k, steps, cfg.teacher_momentum, 1.0) for k in range(steps))
+    assert steps == 70 and 0.005 < left < 0.011
+    assert math.prod(cosine(k, 86400, Config().teacher_momentum, 1.0) for k in range(86400)) < 1e-70
+
+
+@pytest.mark.parametrize("left_out, layer", [("no-pose", "pose_loss"), ("no-patch", "patch_loss")])
+def test_a_loss_that_is_left_out_is_not_computed(left_out, layer, monkeypatch):
+    """0 times infinity is NaN: so an infinite loss must not be made in the first place."""
+    monkeypatch.setattr(handmim, layer, lambda *given: pytest.fail(f"{layer} was computed"))
+    torch.manual_seed(0)
+    cfg = Config(**TINY, variant=(left_out,))
+    model = HandMIM(cfg)
+    terms = pretrain_step(model, batch_of(), cfg, 0)
+    terms["loss"].backward()
+    assert float(terms["loss"].detach()) > 0 and float(terms[f"L_{left_out[3:]}"]) == 0
+    assert ("centre_patch" in terms) == (left_out == "no-pose")
+    unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not unused, "a process of several waits for gradients that never come"
 
 
 @pytest.mark.parametrize("variant", [(), ("no-pose",), ("no-patch",), ("no-recon",), ("summed",)])
@@ -606,10 +639,15 @@ def test_a_step_gives_each_loss_its_own_centre_its_mask_and_the_epoch_s_temperat
         [L_pose, L_patch, L_recon], rel=1e-4)
 
 
-def test_short_runs_reach_the_peak_rate():
+def test_short_runs_reach_the_peak_rate_and_a_given_warm_up_wins():
     for epochs in (1, 2, 3):
-        rates = [lr_at(k, Config(epochs=epochs), 20) for k in range(20 * epochs)]
-        assert max(rates) == pytest.approx(2e-3) and rates[-1] < 1e-4
+        cfg = handmim.configure({"epochs": epochs}, "pretrain")
+        rates = [lr_at(k, cfg, 20) for k in range(20 * epochs)]
+        assert max(rates) == pytest.approx(2e-3) == rates[2 * epochs - 1] and rates[-1] < 1e-4
+    given = handmim.configure({"epochs": 10, "warmup_epochs": 5.0}, "pretrain")
+    rates = [lr_at(k, given, 20) for k in range(200)]
+    assert rates.index(max(rates)) == 99 and rates[50] == pytest.approx(2e-3 * 50 / 99)
+    assert handmim.configure({}, "pretrain").warmup_epochs == 10
     assert settle(Config, {}, "finetune", {}).weight_decay == 0                       # Adam, Sec. 3.2
 
 
@@ -641,7 +679,7 @@ def test_centre_removes_an_offset_and_nothing_else_does():
     without = logits - 3 * F.one_hot(torch.tensor(5), 16)
     fair = float(handmim.collapse_monitors(without, torch.zeros(16), 0.07)["entropy_mean"])
     for _ in range(50):
-        update_centres(model, logits.mean((0, 1)), logits.mean((0, 1)))
+        update_centre(model.centre, logits.mean((0, 1)))
     assert abs(float(monitor()["entropy_mean"]) - fair) < 0.1 and fair > 2
     assert float((model.centre - logits.mean((0, 1))).abs().max()) < 0.02
 
@@ -703,7 +741,8 @@ for m in mine:
         (terms["loss"] / len(mine)).backward()
     sums = {n: sums.get(n, 0) + t.detach() / len(mine) for n, t in terms.items()}
 grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-handmim.update_centres(model, sums["centre"], sums["centre_patch"])
+handmim.update_centre(model.centre, sums["centre"])
+handmim.update_centre(model.centre_patch, sums["centre_patch"])
 if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
     torch.save(grads | {"centre": model.centre, "centre_patch": model.centre_patch}, sys.argv[2])
 if torch.distributed.is_initialized():                # what holds the group goes first, or its threads end the process
@@ -1047,7 +1086,7 @@ def test_checkpoints_of_dino_ibot_mae_and_timm_load(tmp_path):
     for _, change in (("no-norm", {k: v for k, v in teacher.items() if not k.startswith("norm.")}),
                          ("distilled", teacher | {"pos_embed": torch.zeros(1, 18, 16)})):
         torch.save({"model": change}, tmp_path / "x.pt")
-        with pytest.raises(UserError, match="lacks 2 of|another kind of ViT"):
+        with pytest.raises(UserError, match="lacks 2 of|is it distilled"):
             load_backbone(net, tmp_path / "x.pt")
 
 
@@ -1125,7 +1164,11 @@ def test_cli_finetunes_from_a_pretrained_file_and_writes_the_table(tmp_path, mon
     (["--data", "synthetic:calm", "--objective", "ibot", "--variant", "reading-a"], "--objective ibot knows"),
     (["--data", "synthetic:calm", "--variant", "our-views"], "--variant our-views: pre-training with"),
     (["--data", "synthetic:calm", "--variant", "pymaf-sampler"], "--variant pymaf-sampler: pre-training"),
-    (["--data", "synthetic:calm", "--freeze-blocks", "2"], "--freeze-blocks belongs to --finetune"),
+    (["--data", "synthetic:calm", "--freeze-blocks", "2"], "--freeze-blocks: belongs to fine-tuning"),
+    (["--finetune", "synthetic:calm", "--teacher-momentum", "0.9"], "--teacher-momentum: belongs to pre-training"),
+    (["--finetune", "synthetic:calm", "--objective", "handmim"], "--objective: belongs to pre-training"),
+    (["--data", "synthetic:calm", "--variant", "no-pose", "no-patch", "no-recon"], "no loss is left to learn from"),
+    (["--data", "synthetic:calm", "--objective", "ibot", "--variant", "no-pose", "no-patch"], "no loss is left to learn"),
     (["--finetune", "synthetic:calm", "--variant", "no-pose"], "--variant no-pose: fine-tuning knows"),
     (["--data", "synthetic:calm", "--variant", "reading-a", "reading-c"], "a class token has one reading"),
     (["--data", "synthetic:calm", "--backbone", "vit_mini", "--image-size", "30"], "multiple of the ViT's patch"),

@@ -31,10 +31,10 @@ FAULTS = [
     ("handmim.py", "return z.unflatten(-1, LATENT).mT", "return z.unflatten(-1, LATENT)", "test_handmim.py", "readings"),
     # teacher, centres, clipping
     ("handmim.py", "torch._foreach_lerp_(teacher, student, 1 - momentum)", "torch._foreach_lerp_(teacher, student, momentum)", "test_handmim.py", "teacher_follows"),
-    ("handmim.py", "centre.lerp_(now.to(centre.dtype), 1 - CENTRE_MOMENTUM)", "centre.lerp_(now.to(centre.dtype), CENTRE_MOMENTUM)", "test_handmim.py", "match_golden or offset"),
+    ("handmim.py", "centre.lerp_(mean.to(centre.dtype), 1 - CENTRE_MOMENTUM)", "centre.lerp_(mean.to(centre.dtype), CENTRE_MOMENTUM)", "test_handmim.py", "match_golden or offset"),
     ("handmim.py", "            p.grad = None\n", "            pass\n", "test_handmim.py", "keep_still"),
     ("handmim.py", "gradient.mul_((limit / (norm + 1e-6)).clamp(max=1))", "gradient.mul_(1)", "test_handmim.py", "own_norm"),
-    ("handmim.py", "            torch.distributed.all_reduce(now)\n            now /= world()", "            pass", "test_handmim.py", "two_processes"),
+    ("handmim.py", "        torch.distributed.all_reduce(mean)\n        mean /= world()", "        pass", "test_handmim.py", "two_processes"),
     ("handmim.py", "learn_norm = cfg.backbone in (\"vit_mini\", \"vit_s\")", "learn_norm = True", "test_handmim.py", "small_vits"),
     ("handmim.py", "save_checkpoint(out / file, cpu_state(vit))", "save_checkpoint(out / file, cpu_state(model.student.backbone))", "test_handmim.py", "cli_smoke"),
     # fine-tuning
