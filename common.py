@@ -58,6 +58,13 @@ class UserError(Exception):
     """Something the user can mend; `main` prints its one sentence and exits with code 2."""
 
 
+N_JOINTS = 21
+N_VERTS = 778
+ROOT = 0                                                     # the wrist
+MIDDLE_MCP = 9
+FINGERS = ("thumb", "index", "middle", "ring", "pinky")
+
+
 # ---- Transforms ----------------------------------------------------------------------------------
 # A transform is a batch of 3x3 matrices that take source pixels to output pixels. They compose with
 # @, the right factor applied first, and the same matrix moves the picture, the points and K.
@@ -250,11 +257,6 @@ def permutation(n: int, seed: int, epoch: int = 0) -> Tensor:
 # numbers to 778 vertices. Metres, no hidden centring. MANO's own joint order is wrist, index 1-3,
 # middle, pinky, ring, thumb; ours stands in this file's docstring.
 
-N_JOINTS = 21
-N_VERTS = 778
-ROOT = 0
-MIDDLE_MCP = 9
-FINGERS = ("thumb", "index", "middle", "ring", "pinky")
 MANO_PARENTS = (-1, 0, 1, 2, 0, 4, 5, 0, 7, 8, 0, 10, 11, 0, 13, 14)
 # ours[i] = (MANO's 16 joints, then the five tips thumb to pinky)[MANO_TO_OURS[i]]
 MANO_TO_OURS = (0, 13, 14, 15, 16, 1, 2, 3, 17, 4, 5, 6, 18, 10, 11, 12, 19, 7, 8, 9, 20)
