@@ -1171,8 +1171,9 @@ def settle(Config: type, given: dict[str, Any], stage: str,
            quick: dict[str, dict[str, Any]]) -> Any:
     """The Config of one stage: its defaults, then the quick values if asked, then what was given.
 
-    Raises UserError where a value makes no sense, and where a flag was given that only the other
-    stage uses; `--quick` runs both in one command.
+    A warm-up that nobody gave takes a tenth of the epochs at most. Raises UserError where a value
+    makes no sense, and where a flag was given that only the other stage uses; `--quick` runs both
+    in one command.
     """
     notes = {option.name: option.metadata for option in dataclasses.fields(Config)}
     for name in given if stage in STAGES and not given.get("quick") else ():
@@ -1186,6 +1187,8 @@ def settle(Config: type, given: dict[str, Any], stage: str,
                   if note["finetune"] is not SILENT}
     values |= quick.get(stage, {}) if given.get("quick") else {}
     cfg = Config(**(values | given))
+    if "warmup_epochs" in notes and "warmup_epochs" not in given:      # one that is given wins
+        cfg.warmup_epochs = min(cfg.warmup_epochs, cfg.epochs / 10)
     for name in ("epochs", "batch_size", "micro_batch", "image_size", "samples"):
         least = 0 if name == "epochs" else 1
         value = getattr(cfg, name, least)

@@ -118,6 +118,18 @@ def test_a_flag_of_the_other_stage_is_refused_unless_quick_runs_both(stage, good
         assert settle(Staged, bad, "hamuco", {}).lr == 0.1
 
 
+def test_a_warm_up_takes_a_tenth_at_most_unless_it_was_given():
+    @dataclasses.dataclass
+    class Warm(common.Flags):
+        epochs: int = common.arg(100, "epochs")
+        warmup_epochs: float = common.arg(10.0, "warm-up")
+
+    for given, epochs in (({}, 10), ({"epochs": 200}, 10), ({"epochs": 5}, 0.5), ({"epochs": 5, "warmup_epochs": 4.0}, 4),
+                          ({"quick": True}, 0.2), ({"quick": True, "warmup_epochs": 2.0}, 2)):
+        cfg = settle(Warm, given, "pretrain", {"pretrain": {"epochs": 4, "warmup_epochs": 0.2}})
+        assert cfg.warmup_epochs == epochs
+
+
 def test_help_says_to_which_stage_a_flag_belongs(capsys):
     with pytest.raises(SystemExit):
         parse(Staged, ["--help"], "x", {}, {})

@@ -7,7 +7,6 @@ folder, forbids every package of ours and of requirements.txt that is not named,
 The head of a file is what stands above its first banner.
 """
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
