@@ -50,7 +50,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torch.utils.data import default_collate as collate
 from tqdm import tqdm
 
 
@@ -381,14 +380,16 @@ class Mano(nn.Module):
     """The hand model in Torch, differentiable in everything; same maths as `mano_numpy`.
 
     `params` from `load_mano` or `builtin_hand`; `tips` a name in TIPS or five vertices, thumb to
-    pinky. Works in `dtype` whatever the inputs are, also under autocast (float16 is NaN at the flat
+    pinky. `regressed`: its other joints are regressed from the posed mesh (see `regress`) instead of
+    taken from the kinematic chain. Works in `dtype` whatever the inputs are, also under autocast (float16 is NaN at the flat
     hand in common layers).
     The arrays stay out of state_dict: MANO's may not be passed on with a checkpoint.
     """
 
     def __init__(self, params: dict[str, np.ndarray], tips: str | tuple[int, ...] = "smplx",
-                 dtype: torch.dtype = torch.float32):
+                 dtype: torch.dtype = torch.float32, regressed: bool = False):
         super().__init__()
+        self.regressed = regressed
         if isinstance(tips, str) and tips not in TIPS:
             raise UserError(f"unknown finger tips {tips!r}; known: {', '.join(TIPS)}")
         tips = list(TIPS[tips] if isinstance(tips, str) else tips)
@@ -423,15 +424,21 @@ class Mano(nn.Module):
         """R (B, 16, 3, 3), shape (B, 10) or (1, 10), trans (B, 3) m -> vertices, joints.
 
         Vertices (B, 778, 3) m, a transposed view (reshape it, not view); joints (B, 21, 3) m, ours:
-        the kinematic chain and the tip vertices. UserError for other shapes. The wrist lands on
-        `rest_joints(shape)[:, 0] + trans` whatever R is, so trans is not the wrist.
+        the kinematic chain (or those regressed) and the tip vertices. UserError for other shapes. The
+        chain's wrist lands on `rest_joints(shape)[:, 0] + trans` whatever R is, so trans is no wrist.
         """
         verts, chain = self._pose(R, shape, trans, self.template, self.basis, self.weights)
+        if self.regressed:
+            return verts, self.regress(verts)
         tips = verts.mT.index_select(2, self.tips).mT        # along memory, see _pose
         return verts, self._ours(chain, tips)
 
     def joints(self, R: Tensor, shape: Tensor, trans: Tensor | None = None) -> Tensor:
-        """The joints of `forward`, (B, 21, 3) m, without the mesh but for its five tip vertices."""
+        """The joints of `forward`, (B, 21, 3) m; without the mesh where none has to be regressed."""
+        return self(R, shape, trans)[1] if self.regressed else self.chain_joints(R, shape, trans)
+
+    def chain_joints(self, R: Tensor, shape: Tensor, trans: Tensor | None = None) -> Tensor:
+        """The chain's joints, (B, 21, 3) m, without the mesh but for its five tip vertices."""
         tips, chain = self._pose(R, shape, trans,
                                  self.tip_template, self.tip_basis, self.tip_weights)
         return self._ours(chain, tips)
@@ -1472,47 +1479,6 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
     if n < 1:
         raise UserError("the data set is empty: no sample is left to train on")
     return max(1, n // batch_size)
-
-
-def batches(data: Any, plan: list[Tensor], device: torch.device, workers: int) -> Iterator[dict]:
-    """Read the samples named by each (B,) tensor of `plan`, modulo len(data), onto the device, in order.
-
-    `data` is a map-style data set or one that makes a batch itself (`data.batch`). Each batch gets
-    `index` (B,) as planned, from which every random draw of its views is computed.
-    """
-    rows = [index % len(data) for index in plan]
-    if hasattr(data, "batch"):
-        for index, row in zip(plan, rows):
-            yield data.batch(row, device) | {"index": index.to(device)}
-        return
-    loader = torch.utils.data.DataLoader(data, batch_sampler=[row.tolist() for row in rows],
-                                         num_workers=min(workers, len(plan)), collate_fn=collate,
-                                         pin_memory=device.type == "cuda")
-    stream = iter(loader)
-    for index in plan:
-        try:
-            batch = next(stream)
-        except UserError as error:                          # a worker's comes wrapped in its traceback
-            last = str(error).strip().splitlines()[-1]
-            raise UserError(last.removeprefix("common.UserError: ")) from None
-        yield to_device(batch, device) | {"index": index.to(device)}
-
-
-def training_steps(data: Any, cfg: Any, epoch: int, first: int, device: torch.device,
-                   order: Tensor | None = None) -> Iterator[tuple[int, list[dict]]]:
-    """(step within the epoch, this process's micro-batches), from step `first` on.
-
-    The order is permutation(n, seed, epoch), so a resumed epoch goes on with the same samples; or
-    `order`, int64. There and in `index`, i + k n is sample i for the k-th time: its views differ.
-    """
-    n, steps = len(data), steps_per_epoch(len(data), cfg.batch_size)
-    order, need = permutation(n, cfg.seed, epoch) if order is None else order, steps * cfg.batch_size
-    again = n * (1 + int(order.max()) // n)
-    order = torch.cat([order + k * again for k in range(math.ceil(need / n))])[:need]
-    micro = order.view(steps, -1, cfg.micro_batch)[first:, share(cfg.batch_size, cfg.micro_batch)]
-    stream = batches(data, list(micro.flatten(0, 1)), device, cfg.workers)
-    for step in range(first, steps):
-        yield step, [next(stream) for _ in range(micro.shape[1])]
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -62,16 +62,16 @@ import common
 from hand.drawing import save_png
 from sources.pictures import detect_hands
 from common import (
-    FINGERS, MANO_TO_OURS, N_JOINTS, ROOT, Flags, Mano, UserError, axis_angle_to_matrix, barrier, batches, bits, epe, gather, guarded, invert,
-    load_checkpoint, matrix_to_axis_angle, mpjpe, pa_mpjpe, place, rank,
-    say, score, start, stored_config, transform, uniform, view_intrinsics, world)
+    FINGERS, MANO_TO_OURS, N_JOINTS, ROOT, Flags, Mano, UserError, axis_angle_to_matrix, barrier,
+    bits, epe, gather, guarded, invert, load_checkpoint, matrix_to_axis_angle, mpjpe, pa_mpjpe,
+    place, rank, say, score, start, stored_config, transform, uniform, view_intrinsics, world)
 from hand import hand_mark, user_hand
 from hand.drawing import CURVE_COLOURS, draw_mesh, draw_side, draw_skeleton, label, picture, sheet
-from sources import DATASET_TIPS, REGRESSED, data_name, open_data, read_index
+from sources import batches, data_name, hand_for, joints_of, open_data, read_index
 from sources.index import PICTURES, Index, tight_box, unmirror
 from sources.interhand import INTERHAND_TO_OURS, mrrpe
 from sources.judging import predictions, write_results
-from sources.loader import Hands
+from sources.hands import Hands
 from sources.protocols import PROTOCOLS, SUBMIT
 from sources.pictures import read_image
 import hamuco
@@ -160,15 +160,13 @@ def outputs(pred: dict, row: str) -> dict[str, dict[str, Tensor]]:
 
 
 def redefined(pred: dict, trained: str, tested: str, hand: Mano) -> dict:
-    """A prediction with a mesh, its joints as the data set it is tested on means them (DATASET_TIPS, REGRESSED).
+    """A prediction with a mesh, its joints as the data set it is tested on means them.
 
-    Data sets differ by centimetres at a tip; without a mesh nothing can be done. `hand` has the test set's tips.
+    Data sets differ by centimetres at a tip; without a mesh nothing can be done. `hand` has the test set's joints.
     """
-    same = DATASET_TIPS.get(trained) == DATASET_TIPS.get(tested) and (trained in REGRESSED) == (tested in REGRESSED)
-    if same or not {"verts", "pose", "shape"} <= set(pred):
+    if joints_of(trained) == joints_of(tested) or not {"verts", "pose", "shape"} <= set(pred):
         return pred
     verts, joints = hand(pred["pose"].float().cpu(), pred["shape"].float().cpu())      # `hand` stays on the CPU
-    joints = hand.regress(verts) if tested in REGRESSED else joints
     joints = joints.to(pred["verts"]) + (pred["verts"] - verts.to(pred["verts"])).mean(1, keepdim=True)
     moved = {"root": pred["root"] + joints[:, 0] - pred["joints"][:, 0]} if "root" in pred else {}
     return pred | moved | {"joints": joints}
@@ -418,9 +416,7 @@ def open_for(net: Net, spec: str, split: str, flags: Flags, device: torch.device
 
 def columns_of(data: Any, index: Tensor) -> dict[str, np.ndarray]:
     """The data set's own columns at some samples; nothing where samples are not its rows."""
-    columns = data.index.columns if isinstance(data, Hands) else {}
-    return {key: columns[key][index.cpu().numpy()] for key in
-            {"root", "joints_px", "hand_type", "image_id", "box"} & set(columns)}
+    return data.columns(index)
 
 
 def values_of(pred: dict, batch: dict, columns: dict, protocols: dict[str, Callable], hand: Mano
@@ -479,7 +475,7 @@ def assess(net: Net, data: Any, protocols: dict[str, Callable], flags: Flags, de
             row.errors = gather(errors[name], n)["error"].flatten()
     everything = gather(kept["parts"], n) if kept else {}
     if "root_error" in everything:
-        at, error = mrrpe(everything["root_error"], everything["left"], data.index.columns["image_id"])
+        at, error = mrrpe(everything["root_error"], everything["left"], data.columns(torch.arange(n))["image_id"])
         rows[net.row].tallies["interhand"].add(at, {"mrrpe_mm": 1000 * error})
     return rows, everything
 
@@ -860,7 +856,7 @@ def judge(args: argparse.Namespace, flags: Flags, device: torch.device) -> None:
     wanted = {p: f for p, f in PROTOCOLS.get(name, {}).items() if not args.protocol or p in args.protocol}
     called = spec.partition("=")[0].replace(":", "-") + f"-{split}" * (split != "test") + "-two_pass" * args.two_pass
     out = folder_for(args, head, called)
-    hand, opened, data, rows = Mano(user_hand(flags.mano)[0], DATASET_TIPS.get(name, "smplx")), {}, {}, {}
+    hand, opened, data, rows = hand_for(spec, flags.mano), {}, {}, {}
     for net, called in zip(nets, named(nets, args.scratch)):
         key = (net.module.stored_side(net.cfg), net.module.MARGIN, hasattr(net.module, "open_rig") and net.path)
         if key not in opened:
@@ -1291,7 +1287,7 @@ def inspect(args: argparse.Namespace, flags: Flags, device: torch.device) -> Non
         raise UserError(f"{args.data} {split}: there is no sample to look at")
     index = some_of(len(data), min(16, len(data)))
     batch = next(batches(data, [index], device, 0))
-    hand = Mano(user_hand(flags.mano)[0]).to(device)
+    hand = hand_for(args.data, flags.mano).to(device)
     verts, joints = hand(axis_angle_to_matrix(batch["pose"].unflatten(-1, (16, 3)).nan_to_num()),
                          batch["shape"].nan_to_num())
     K = view_intrinsics(batch)

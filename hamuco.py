@@ -55,8 +55,8 @@ Differs from the paper
     RANSAC: all pairs instead of ten drawn ones, then as karfly/learnable-triangulation-pytorch.
 16. Choice of epoch: the last. Any other choice needs labels. Rate: a cosine by step (code: by
     epoch).
-17. Joints are regressed from the posed mesh (code); on synthetic hands they are the kinematic
-    chain's, as in the truth.
+17. Joints are those that the data set means (`sources.hand_for`): HanCo's are regressed from the
+    posed mesh (code), those of synthetic hands are the kinematic chain's, as in their truth.
 18. First weights. The code starts its encoder from ImageNet's; the text is silent. Ours starts from
     random ones unless --init names a file, for nothing is downloaded here.
 """
@@ -71,20 +71,18 @@ from typing import Any, NamedTuple
 
 # common before torch: it settles how threads wait
 from common import (
-    MIDDLE_MCP, N_JOINTS, N_VERTS, Flags, Mano, Run, UserError, accumulate, arg, autocast,
-    average_buffers, axis_angle_to_matrix, barrier, batches, bits, build_backbone, cpu_state,
-    crop, decay_groups, denormalise, epe, gather, guarded, invert, load_backbone,
-    load_checkpoint, matrix_to_axis_angle, normalise, open_out, parallel, parse, pck_curve,
-    permutation, project, rank, recall, remember, rotate_z, rotation, save_checkpoint, say,
-    score, settle, share, six_d_to_matrix, start, steps_per_epoch, stored_config, summarise,
-    to_device, training_steps, transform, uniform, unwrapped, warp, world)
-from hand import hand_mark, user_hand
+    MIDDLE_MCP, N_JOINTS, N_VERTS, Flags, Run, UserError, accumulate, arg, autocast,
+    average_buffers, axis_angle_to_matrix, barrier, bits, build_backbone, cpu_state, crop,
+    decay_groups, denormalise, epe, gather, guarded, invert, load_backbone, load_checkpoint,
+    matrix_to_axis_angle, normalise, open_out, parallel, parse, pck_curve, permutation, project,
+    rank, recall, remember, rotate_z, rotation, save_checkpoint, say, score, settle, share,
+    six_d_to_matrix, start, steps_per_epoch, stored_config, summarise, to_device, transform,
+    uniform, unwrapped, warp, world)
+from hand import hand_mark
 from hand.drawing import curve, draw_side, draw_skeleton, label, sheet
-from sources import Rig, data_name, open_data
+from sources import Rig, Rows, batches, data_name, hand_for, open_data, training_steps
 from sources.judging import mean_hand, mean_pose_scores, predictions, table, write_results
-from sources.loader import Rows
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -490,8 +488,7 @@ class HaMuCo(nn.Module):
         self.heads = Heads(self.backbone.dim)
         alone = {"single-view", "no-dcvi"} & set(cfg.variant)
         self.interaction = None if alone else self._interaction(cfg.variant)
-        self.regressed = data_name(cfg.data[0]) != "synthetic"                          # (17)
-        self.mano = Mano(user_hand(cfg.mano)[0], "graphormer" if self.regressed else "smplx")
+        self.mano = hand_for(cfg.data[0], cfg.mano)                                      # (17)
 
     def _interaction(self, variant: tuple[str, ...]) -> Interaction:
         """CVI-Net for the encoder's maps, whose sizes a look at one black picture gives."""
@@ -526,7 +523,6 @@ class HaMuCo(nn.Module):
         local = axis_angle_to_matrix((theta + self.mano.hands_mean).unflatten(1, (15, 3)))
         R = torch.cat([R[:, :1], local], 1)
         verts, joints = self.mano(R, beta)
-        joints = self.mano.regress(verts) if self.regressed else joints
         return Hand(*coordinates(verts, joints, camera), theta, beta, camera, R)
 
     def predict(self, batch: dict) -> dict[str, dict[str, Tensor]]:
@@ -1003,16 +999,13 @@ def check_labels(data: Any, cfg: Config) -> None:
     A data set without noisy labels gives its true key points in their place: learning from those
     would be no self-supervision, so it is refused.
     """
-    hands = [getattr(part, "hands", part) for part in getattr(data, "datasets", [getattr(data, "data", data)])]
-    indices = [part.index for part in hands if hasattr(part, "index")]
     if cfg.supervision in ("labels2d", "triangulated"):
-        for index in indices:
-            label = index.columns.get("uv_label")
-            if label is None or not np.isfinite(label).any():
-                raise UserError(f"{index.name}: has no 2D labels below {index.root}; put them there "
+        for part in data.parts():
+            if not part.gives("uv_label"):
+                raise UserError(f"{part.name}: has no 2D labels; put them into its folder "
                                 "(see README), or take --supervision truth2d or truth3d, which "
                                 "learn from annotations")
-    if cfg.supervision == "triangulated" and any("cameras" not in i.columns for i in indices):
+    if cfg.supervision == "triangulated" and not data.gives("cameras"):
         raise UserError("--supervision triangulated: needs data with several calibrated cameras")
 
 
@@ -1242,10 +1235,7 @@ def report(cfg: Config, out: Path, names: list[str], device: torch.device) -> No
 def blind_scores(mean: dict[str, Any], test: Any, cfg: Config, metric: bool) -> dict[str, float]:
     """The `mean_pose` row: every picture shows the training set's mean hand, in the same box."""
     if metric:
-        regressed = data_name(cfg.data[0]) != "synthetic"                               # (17)
-        hand = Mano(user_hand(cfg.mano)[0], "graphormer" if regressed else "smplx")
-        if regressed:
-            hand.forward = lambda R, shape: (verts := Mano.forward(hand, R, shape)[0], hand.regress(verts))
+        hand = hand_for(cfg.data[0], cfg.mano)                                           # (17)
         return summarise(mean_pose_scores(mean, EachView(test), hand))[0]
     t = EachView(test).targets(torch.arange(len(EachView(test))))
     guess = mean["uv"] * t["side_px"][:, None, None]

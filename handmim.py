@@ -95,15 +95,14 @@ from typing import Any, NamedTuple
 
 # common before torch: it settles how threads wait
 from common import (
-    BACKBONES, N_JOINTS, N_VERTS, Flags, Mano, Run, UserError, accumulate, arg, autocast,
-    axis_angle_to_matrix, barrier, batches, blur, build_backbone, cpu_state, crop, decay_groups,
+    BACKBONES, N_JOINTS, N_VERTS, Flags, Run, UserError, accumulate, arg, autocast,
+    axis_angle_to_matrix, barrier, blur, build_backbone, cpu_state, crop, decay_groups,
     denormalise, flip, guarded, invert, jitter_colour, load_backbone, matrix_to_six_d, normal,
-    normalise, parallel, rank, recall, remember, rotate_z, rotation, row_name, save_checkpoint, say,
-    settle, six_d_to_matrix, solarise, steps_per_epoch, to_grey, training_steps, transform, uniform,
+    normalise, parallel, rank, recall, remember, rotate_z, rotation, row_name, save_checkpoint,
+    say, settle, six_d_to_matrix, solarise, steps_per_epoch, to_grey, transform, uniform,
     unwrapped, view_intrinsics, warp, world)
-from hand import user_hand
 from hand.drawing import draw_skeleton, sheet
-from sources import DATASET_TIPS, REGRESSED, data_name, open_data
+from sources import batches, hand_for, open_data, training_steps
 from sources.judging import keep_best, launch, mean_hand, probe_error, report
 from sources.photos import cut_photos
 
@@ -738,9 +737,7 @@ class HandNet(nn.Module):
         self.size = cfg.image_size
         self.pymaf = "pymaf-sampler" in cfg.variant
         self.backbone = build_backbone(cfg.backbone, cfg.image_size)
-        data = data_name(cfg.finetune)
-        self.mano = Mano(user_hand(cfg.mano)[0], DATASET_TIPS.get(data, "smplx"))
-        self.regressed = data in REGRESSED
+        self.mano = hand_for(cfg.finetune, cfg.mano)
         flat = matrix_to_six_d(torch.eye(3)).repeat(16)
         self.register_buffer("start", torch.cat([flat, torch.zeros(13)]))
         self.rectifiers = nn.ModuleList(
@@ -779,7 +776,7 @@ class HandNet(nn.Module):
         cost a whole mesh.
         """
         R, beta, t = self.unpack(state, K)
-        joints = self.mano.joints(R, beta)
+        joints = self.mano.chain_joints(R, beta)
         uv = project(joints - joints[:, :1] + t[:, None], K)
         return uv.clamp(-self.size / 2, 1.5 * self.size).to(state.dtype)
 
@@ -801,7 +798,6 @@ class HandNet(nn.Module):
         """The hand that a state (B, 109) means to a camera K (B, 3, 3)."""
         R, beta, t = self.unpack(state, K)
         verts, joints = self.mano(R, beta)
-        joints = self.mano.regress(verts) if self.regressed else joints
         wrist = joints[:, :1]
         rooted = joints - wrist
         return Hand(R=R, beta=beta, t=t, verts=verts - wrist, joints=rooted,

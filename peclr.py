@@ -74,13 +74,12 @@ from typing import Any, NamedTuple
 # common before torch: it settles how threads wait
 from common import (
     BACKBONES, N_JOINTS, Flags, Run, UserError, ViT, accumulate, arg, autocast, average_buffers,
-    barrier, batches, blur, build_backbone, cpu_state, crop, decay_groups, denormalise,
-    guarded, hsv_to_rgb, invert, load_backbone, load_checkpoint, normal, normalise, parallel,
-    permutation, project, rank, recall, remember, rgb_to_hsv, rotation, row_name,
-    save_checkpoint, say, settle, steps_per_epoch, to_grey, training_steps, transform,
-    translation, uniform, view_intrinsics, warp, world)
+    barrier, blur, build_backbone, cpu_state, crop, decay_groups, denormalise, guarded, hsv_to_rgb,
+    invert, load_backbone, load_checkpoint, normal, normalise, parallel, permutation, project,
+    rank, recall, remember, rgb_to_hsv, rotation, row_name, save_checkpoint, say, settle,
+    steps_per_epoch, to_grey, transform, translation, uniform, view_intrinsics, warp, world)
 from hand.drawing import draw_skeleton, label, picture, sheet
-from sources import open_data
+from sources import batches, open_data, training_steps
 from sources.judging import keep_best, launch, mean_hand, report
 
 import torch
@@ -736,7 +735,7 @@ def pretrain(cfg: Config, out: Path, device: torch.device) -> Path:
         say(load_backbone(model.backbone, cfg.init))
     side = round(VIEW_STORE * cfg.image_size)
     data = open_data(cfg, cfg.data, "train", side, VIEW_MARGIN, device)
-    sizes = [len(part) for part in getattr(data, "datasets", [data])]
+    sizes = [len(part) for part in data.parts()]
     steps = steps_per_epoch(len(data), cfg.batch_size)
     total = cfg.epochs * steps
     warm = min(round(cfg.warmup_epochs * steps), total // 10)

@@ -73,14 +73,13 @@ from typing import Any, NamedTuple
 
 # common before torch: it settles how threads wait
 from common import (
-    BACKBONES, Flags, Mano, Run, UserError, accumulate, arg, autocast, average_buffers,
-    axis_angle_to_matrix, barrier, batches, build_backbone, cpu_state, crop, decay_groups,
-    denormalise, flip, guarded, invert, load_backbone, normalise, parallel, rank, recall,
-    remember, rotation, row_name, save_checkpoint, say, settle, steps_per_epoch,
-    training_steps, transform, translation, uniform, unwrapped, warp)
-from hand import user_hand
+    BACKBONES, Flags, Run, UserError, accumulate, arg, autocast, average_buffers,
+    axis_angle_to_matrix, barrier, build_backbone, cpu_state, crop, decay_groups, denormalise,
+    flip, guarded, invert, load_backbone, normalise, parallel, rank, recall, remember, rotation,
+    row_name, save_checkpoint, say, settle, steps_per_epoch, transform, translation, uniform,
+    unwrapped, warp)
 from hand.drawing import draw_skeleton, sheet
-from sources import DATASET_TIPS, data_name, open_data
+from sources import batches, hand_for, open_data, training_steps
 from sources.judging import keep_best, launch, mean_hand, probe_error, report
 
 import torch
@@ -490,7 +489,7 @@ class HandNet(nn.Module):
         for last in (self.head[-1], self.extra[-1]):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
-        self.mano = Mano(user_hand(cfg.mano)[0], DATASET_TIPS.get(data_name(cfg.finetune), "smplx"))
+        self.mano = hand_for(cfg.finetune, cfg.mano)
 
     def forward(self, crops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 3, S, S) normalised -> theta (B, 48) rad, beta (B, 10), camera (B, 3)."""

@@ -29,7 +29,7 @@ def hand_mark(mano: str) -> str:
     return f"{zlib.crc32(np.ascontiguousarray(template['v_template']).tobytes()):08x}"
 
 
-def _both_hands(mano: str) -> dict[str, dict] | None:
+def both_hands(mano: str) -> dict[str, dict] | None:
     """{"right": .., "left": ..} of the user's own files; MANO_LEFT lies beside MANO_RIGHT."""
     right, name = user_hand(mano)
     if name == "the built-in hand":

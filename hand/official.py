@@ -20,9 +20,9 @@ MANO_SHAPES = {
 MANO_MAX_BYTES = 1 << 27                          # official files are below 10 MB
 
 # The official file is a Python 2 pickle that names seven classes, among them chumpy's and scipy's.
-# Each name below, with the spellings of later NumPy, SciPy and Python, becomes a _Recorded, which
-# notes what was asked for; _value works the arrays out afterwards. Nothing a file names is called.
-_PICKLE_NAMES = {
+# Each name below, with the spellings of later NumPy, SciPy and Python, becomes a Recorded, which
+# notes what was asked for; worked_out works the arrays out afterwards. Nothing a file names is called.
+PICKLE_NAMES = {
     "numpy.core.multiarray._reconstruct": "array", "numpy._core.multiarray._reconstruct": "array",
     "numpy.core.numeric._frombuffer": "buffer", "numpy._core.numeric._frombuffer": "buffer",
     "numpy.ndarray": "ndarray", "numpy.dtype": "dtype", "_codecs.encode": "bytes",
@@ -32,7 +32,7 @@ _PICKLE_NAMES = {
 _NUMBER_TYPES = {"f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"}
 
 
-class _Recorded:
+class Recorded:
     """An object of a pickle: its kind, arguments and state as the file states them, and no more."""
 
     def __new__(cls, *args):
@@ -44,21 +44,21 @@ class _Recorded:
         self.state = state
 
 
-class _Recorder(pickle.Unpickler):
-    """Reads a pickle into dicts, lists, strings, numbers and _Recorded; refuses other names."""
+class Recorder(pickle.Unpickler):
+    """Reads a pickle into dicts, lists, strings, numbers and Recorded; refuses other names."""
 
     def find_class(self, module: str, name: str) -> type:
-        kind = _PICKLE_NAMES.get(f"{module}.{name}")
+        kind = PICKLE_NAMES.get(f"{module}.{name}")
         if kind is None:
             raise UserError(f"names {f'{module}.{name}'[:99]!r}, which no MANO file needs; "
                             "refused, and nothing in the file was run")
-        return type(kind, (_Recorded,), {"kind": kind})
+        return type(kind, (Recorded,), {"kind": kind})
 
     def persistent_load(self, pid: object) -> None:
         raise UserError("holds a persistent id, which no MANO file needs; refused")
 
 
-def _read_pickle(data: bytes, reader: type[_Recorder] = _Recorder) -> dict:
+def read_pickle(data: bytes, reader: type[Recorder] = Recorder) -> dict:
     """The dict in a pickle, undecoded. Python 2's strings are latin-1, arrays included."""
     for opcode, argument, _ in pickletools.genops(data):     # executes nothing; finds cut-off files
         if "PUT" in opcode.name and int(argument) > len(data):
@@ -69,19 +69,19 @@ def _read_pickle(data: bytes, reader: type[_Recorder] = _Recorder) -> dict:
     return found
 
 
-def _value(item: object, depth: int = 0) -> object:
-    """Work out a _Recorded object; everything else is its own value.
+def worked_out(item: object, depth: int = 0) -> object:
+    """Work out a Recorded object; everything else is its own value.
 
     A chumpy Select is its array `a`, flattened, at `idxs`: of the file's 20 shape directions the
     first 10. HO3D's set-up script re-saves the left hand's shapedirs as a product, `multiply`.
     """
-    if not isinstance(item, _Recorded):
+    if not isinstance(item, Recorded):
         return item
     if depth > 4:
         raise UserError("nests its arrays too deeply")
 
     def part(name: str) -> object:
-        return _value(item.state[name], depth + 1)
+        return worked_out(item.state[name], depth + 1)
 
     if item.kind == "ch":
         return part("x")
@@ -102,7 +102,7 @@ def _value(item: object, depth: int = 0) -> object:
     raise UserError(f"has a {item.kind} where an array belongs")
 
 
-def _array(item: _Recorded) -> np.ndarray:
+def _array(item: Recorded) -> np.ndarray:
     """An array from raw bytes and a plain number type; no NumPy code is given the file's state."""
     if item.kind == "buffer":                                # protocol 5
         raw, dtype, shape, order, *axes = item.args
@@ -112,7 +112,7 @@ def _array(item: _Recorded) -> np.ndarray:
     code, endian = dtype.args[0], dtype.state[1]
     if code not in _NUMBER_TYPES or endian not in ("<", ">", "|"):
         raise UserError(f"holds an array of type {str(code)[:99]!r}, which is not a plain number")
-    raw = _value(raw)
+    raw = worked_out(raw)
     raw = raw.encode("latin1") if isinstance(raw, str) else raw
     flat = np.frombuffer(raw, endian + code)
     if order == "K" and axes and axes[0] is not None:        # NumPy 2.3 and later
@@ -123,7 +123,7 @@ def _array(item: _Recorded) -> np.ndarray:
 def _dense(state: dict) -> np.ndarray:
     """scipy's csc_matrix, by the names in its state, as a full (16, 778); duplicates add up."""
     shape = tuple(state["_shape"] if "_shape" in state else state["shape"])
-    data, rows, starts = (_value(state[name]) for name in ("data", "indices", "indptr"))
+    data, rows, starts = (worked_out(state[name]) for name in ("data", "indices", "indptr"))
     starts = starts.astype(np.int64)
     counts = np.diff(starts)
     if (shape != MANO_SHAPES["J_regressor"] or len(counts) != N_VERTS or starts[0] != 0
@@ -149,7 +149,7 @@ def _checked(raw: dict) -> dict[str, np.ndarray]:
     for key, shape in MANO_SHAPES.items():
         if key not in raw:
             raise UserError(f"has no {key}, so it is not a MANO hand")
-        value = _value(raw[key])
+        value = worked_out(raw[key])
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu":
             raise UserError(f"has a {key} that is not an array of numbers")
         if value.shape != shape:
@@ -180,7 +180,7 @@ def load_mano(path: str | Path) -> dict[str, np.ndarray]:
         if Path(path).stat().st_size > MANO_MAX_BYTES:
             raise UserError(f"is larger than {MANO_MAX_BYTES >> 20} MB, a MANO file is below 10 MB")
         data = Path(path).read_bytes()
-        return _checked(_read_npz(data) if data[:2] == b"PK" else _read_pickle(data))
+        return _checked(_read_npz(data) if data[:2] == b"PK" else read_pickle(data))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except OSError as error:

@@ -1,88 +1,84 @@
-"""Where samples come from: names of data sets, and the one function that opens them."""
+"""Where samples come from: the sample dictionary, the protocol of a source, and what opens one.
+
+The sample dictionary. Every source yields every key; NaN is the only mark of a missing number, and
+`has` and `joints_ok` are read off it, so mixed data collates. Metres, pixels of `image`, camera frame
+x right, y down, z forward; all left hands are mirrored to right ones.
+
+    image      (3, S, S) uint8 RGB: the square of margin x the hand's box (no hand: the centre square),
+               resized once with antialiasing; black outside the picture
+    crop       (3, 3) takes px of the picture to px of image      size (2,) px, width and height of it
+    K          (3, 3) px            joints (21, 3) m, wrist, then thumb to pinky from base to tip
+    joints_ok  (21,) bool           verts (778, 3) m
+    uv         (21, 2) px, true     uv_label (21, 2) px, what self-supervision may see, with its
+               confidence (21,) in [0, 1]       visible (21,) bool
+    pose       (48,) rad, axis-angle with the mean pose in it    shape (10,)    trans (3,) m
+    scale      metres of a unit of length or of bone 9-10, 1 where neither is known
+    has        dict of bool: K joints uv verts pose shape cameras
+    side, id, box_source                        strings; id is unique
+
+Several views of one moment have a leading axis V in every tensor, and cameras (V, 4, 4), world to
+camera, and view_ok (V,) bool. Samples are batched by torch's default_collate: tensors get a leading
+axis B, strings become lists, `has` a dict of bool tensors.
+
+The protocol (`Source`, in sources/loader.py). A source is all that a script knows of data:
+
+    len(source)                              how many samples there are
+    source.batches(plan, device, workers)    for each (B,) int64 tensor of rows in `plan`, in order,
+                                             the samples of those rows, collated, on the device
+    source.targets(rows)                     the same without pictures, on the CPU, and side_px (B,),
+                                             the side that the pictures would have
+    source.columns(rows)                     what else the data set says, {name: (B, ...) array}: an
+                                             official score or submission needs it; {} where nothing
+    source.parts()                           the sources that were joined, else [source]
+    source.gives(key)                        whether the data set holds numbers of that key
+    source.name, source.box_source           for tables; annotated, joints, data set or detector
+
+A picture that breaks after it was indexed is named on stderr and becomes a black image whose labels
+are NaN and whose `has` is False: batches, and so resumed runs, stay the same.
+"""
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 # common before torch: it settles how threads wait
-from common import UserError, permutation, say
-from hand import _both_hands, user_hand
-from sources.cameras import index_cameras
-from sources.coco import index_coco
-from sources.dexycb import index_dexycb
-from sources.folder import index_folder, index_imagenet
-from sources.freihand import index_freihand
-from sources.hanco import index_hanco
-from sources.ho3d import index_ho3d
-from sources.index import Index
-from sources.interhand import index_interhand
-from sources.loader import Hands, Joined, Rows, Views
+from common import Mano, UserError, permutation, say
+from hand import both_hands, user_hand
+from sources import cameras, coco, dexycb, folder, freihand, hanco, ho3d, interhand, yt3d
+from sources.hands import Hands, Views
+from sources.index import Index, Joints
+from sources.loader import Joined, Rows, Source, Targets, batches, training_steps
 from sources.synthetic import Cached, Synthetic
-from sources.yt3d import index_yt3d
 
 import numpy as np
 import torch
 
+__all__ = ["DATA_NAMES", "Hands", "Index", "Joined", "Joints", "Rig", "Rows", "Source", "Targets",
+           "Views", "batches", "data_name", "hand_for", "joints_of", "open_data", "parse_data",
+           "read_index", "training_steps"]
 
-# ---- Data sets ------------------------------------------------------------------------------------
 # An index function reads one official layout into an `Index`: columns of numbers and picture paths,
-# one row a hand. `Hands` turns any Index into the one sample dictionary. NaN is the only mark of a
-# missing number, in a column and in a sample; `has` and `joints_ok` are read off it. Samples are
-# batched by torch's default_collate: strings become lists, `has` a dict of bool tensors.
-
-DATA_NAMES = ("synthetic", "folder", "imagenet", "freihand", "yt3d", "coco", "ho3d", "dexycb", "interhand",
-              "hanco", "cameras")
-
-
-def parse_data(text: str) -> tuple[str, str, str]:
-    """NAME[:PART][=DIR] -> (name, part or "", folder or ""); UserError for an unknown name."""
-    head, equals, folder = text.partition("=")
-    name, colon, part = head.partition(":")
-    if name not in DATA_NAMES:
-        raise UserError(f"data set {name!r} is not known; choose one of {', '.join(DATA_NAMES)}")
-    if (equals and not folder) or (colon and not part):
-        raise UserError(f"data set {text!r} must be written NAME[:PART][=DIR]")
-    return name, part, folder
+# one row a hand. `Hands` turns any Index into samples.
+DATA_SETS = {
+    "folder": folder.FOLDER, "imagenet": folder.IMAGENET, "freihand": freihand.FREIHAND,
+    "yt3d": yt3d.YT3D, "coco": coco.COCO, "ho3d": ho3d.HO3D, "dexycb": dexycb.DEXYCB,
+    "interhand": interhand.INTERHAND, "hanco": hanco.HANCO, "cameras": cameras.CAMERAS}
+DATA_NAMES = ("synthetic", *DATA_SETS)
 
 
-def read_index(name: str, part: str, root: str, split: str, mano: dict | None = None,
-               cache: str | Path | None = None, unlabelled: bool = False) -> Index:
-    """The Index of a data set read from `root`, or from data/NAME; split train, val or test.
+class Options(Protocol):
+    """The options that `open_data` reads of any script's Config."""
 
-    mano: the user's own {"right": load_mano(..), "left": ..}; cache: folder for finished indices.
-    UserError: no such folder, part or split, another layout.
-    """
-    splits = {"folder": ("train", "val", "test", "all"), "imagenet": ("train", "val"),
-              "yt3d": ("train", "val", "test"), "ho3d": ("train", "val", "test"),
-              "coco": ("train", "val"), "hanco": ("train", "test"), "cameras": ("train", "test", "all")}
-    if split not in splits.get(name, ("train", "val", "test")):
-        raise UserError(f"{name} has no split {split!r}")
-    if part and name in splits and name != "hanco":
-        raise UserError(f"{name} has no parts, so {name}:{part} does not exist")
-    root = root or f"data/{name}"
-    if name == "folder":
-        return index_folder(root, split, cache)
-    if name == "imagenet":
-        return index_imagenet(root, split, cache)
-    if name == "dexycb":
-        return index_dexycb(root, split, part or "s0", mano, cache, unlabelled)
-    if name == "interhand":
-        return index_interhand(root, split, part or "all", mano, cache)
-    if name == "freihand":
-        return index_freihand(root, split, part or "all", mano, cache)
-    if name == "yt3d":
-        return index_yt3d(root, split, mano, cache)
-    if name == "coco":
-        return index_coco(root, split, cache)
-    if name == "ho3d":
-        return index_ho3d(root, split, mano, cache)
-    if name == "hanco":
-        return index_hanco(root, split, part, mano, cache)
-    if name == "cameras":
-        return index_cameras(root, split, cache)
-    raise UserError(f"{name} is rendered, not read from a folder")
+    root: str
+    mano: str
+    cache: str
+    samples: int | None
+    seed: int
+    backgrounds: str
+    label_fraction: float
 
 
 class Rig(NamedTuple):
@@ -92,10 +88,18 @@ class Rig(NamedTuple):
     detector: float = 1.0
 
 
-# The finger tips that each data set's joints mean; the others are annotated, or smplx's. FreiHAND's
-# and YouTube3DHands' other joints come from the posed mesh: Mano.regress, not the chain's.
-DATASET_TIPS = {"dexycb": "manopth", "freihand": "freihand", "ho3d": "ho3d"}
-REGRESSED = ("freihand",)                               # data whose joints come from the posed mesh
+# ---- Names ----------------------------------------------------------------------------------------
+
+
+def parse_data(text: str) -> tuple[str, str, str]:
+    """NAME[:PART][=DIR] -> (name, part or "", folder or ""); UserError for an unknown name."""
+    head, equals, place = text.partition("=")
+    name, colon, part = head.partition(":")
+    if name not in DATA_NAMES:
+        raise UserError(f"data set {name!r} is not known; choose one of {', '.join(DATA_NAMES)}")
+    if (equals and not place) or (colon and not part):
+        raise UserError(f"data set {text!r} must be written NAME[:PART][=DIR]")
+    return name, part, place
 
 
 def data_name(spec: str) -> str:
@@ -103,9 +107,49 @@ def data_name(spec: str) -> str:
     return parse_data(spec)[0] if spec else ""
 
 
-def open_data(cfg: Any, specs: tuple[str, ...], split: str, size: int, margin: float,
+def joints_of(spec: str) -> Joints:
+    """Which joints the data set NAME[:PART][=DIR] means; the chain's where nothing else is said."""
+    known = DATA_SETS.get(data_name(spec))
+    return known.joints if known else Joints()
+
+
+def hand_for(spec: str, mano: str) -> Mano:
+    """The hand of --mano with the joints that the data set NAME[:PART][=DIR] means.
+
+    A network that is trained or tested there, its truth and the mean pose all take their joints from
+    it: joints of another definition lie millimetres beside.
+    """
+    joints = joints_of(spec)
+    return Mano(user_hand(mano)[0], joints.tips, regressed=joints.regressed)
+
+
+# ---- Opening --------------------------------------------------------------------------------------
+
+
+def read_index(name: str, part: str, root: str, split: str, mano: dict | None = None,
+               cache: str | Path | None = None, unlabelled: bool = False) -> Index:
+    """The Index of a data set read from `root`, or from data/NAME; split train, val or test.
+
+    mano: the user's own {"right": load_mano(..), "left": ..}; cache: folder for finished indices.
+    UserError: no such folder, part or split, another layout.
+    """
+    if name not in DATA_SETS:
+        raise UserError(f"{name} is rendered, not read from a folder")
+    known = DATA_SETS[name]
+    takes = inspect.signature(known.index).parameters
+    if split not in known.splits:
+        raise UserError(f"{name} has no split {split!r}")
+    if part and "part" not in takes:
+        raise UserError(f"{name} has no parts, so {name}:{part} does not exist")
+    options = {"mano": mano, "cache": cache, "unlabelled": unlabelled}
+    options |= {"part": part} if part else {}
+    return known.index(root or f"data/{name}", split,
+                       **{key: value for key, value in options.items() if key in takes})
+
+
+def open_data(cfg: Options, specs: tuple[str, ...], split: str, size: int, margin: float,
               device: torch.device, labelled: bool = False, unlabelled: bool = False,
-              live: bool = False, rig: Rig | None = None) -> Any:
+              live: bool = False, rig: Rig | None = None) -> Source:
     """The data sets that --data or --finetune names, as one; prints what is in each and was left out.
 
     `size` and `margin` as in `Hands`. `labelled` keeps rows with a pose or joints, of these the
@@ -117,41 +161,52 @@ def open_data(cfg: Any, specs: tuple[str, ...], split: str, size: int, margin: f
     """
     if cfg.root and len(specs) > 1:
         raise UserError("--root names the folder of one data set; write NAME=DIR for each of several")
-    live = live or device.type != "cpu" and len(specs) == 1
-    found = [_open_one(cfg, spec, split, size, margin, device if live else torch.device("cpu"), labelled,
-                       unlabelled, live, rig) for spec in specs]
+    live = live or (device.type != "cpu" and len(specs) == 1)
+    found: list[Source] = []
+    for spec in specs:
+        if data_name(spec) == "synthetic":
+            found.append(_rendered(cfg, spec, split, size, margin, rig or Rig(),
+                                   device if live else None))
+        else:
+            found.append(_read(cfg, spec, split, size, margin, labelled, unlabelled, rig))
     data = found[0] if len(found) == 1 else Joined(found)
     if labelled and cfg.label_fraction < 1:
-        columns = data.index.columns if isinstance(data, Hands) else {}
-        label, label_of = np.unique(columns.get("hand", np.arange(len(data))), return_inverse=True)
+        every = np.arange(len(data))
+        label = data.columns(torch.from_numpy(every)).get("hand", every)
+        label, label_of = np.unique(label, return_inverse=True)
         keep = permutation(len(label), cfg.seed)[:math.ceil(cfg.label_fraction * len(label))]
         data = Rows(data, torch.isin(torch.from_numpy(label_of), keep).nonzero()[:, 0])
-        say(f"{len(keep):,} labels used (--label-fraction {cfg.label_fraction:g}), {len(data):,} pictures")
+        say(f"{len(keep):,} labels used (--label-fraction {cfg.label_fraction:g}), "
+            f"{len(data):,} pictures")
     return data
 
 
-def _open_one(cfg: Any, spec: str, split: str, size: int, margin: float, device: torch.device,
-              labelled: bool, unlabelled: bool, live: bool, rig: Rig | None = None) -> Any:
-    """One of the data sets of `open_data`."""
-    name, part, folder = parse_data(spec)
-    folder = folder or cfg.root
-    if name == "synthetic":
-        rig = rig or Rig()
-        data = Synthetic(size, cfg.samples if split == "train" else None, cfg.seed, split, rig.views,
-                         user_hand(cfg.mano)[0], cfg.backgrounds or None, part == "calm",
-                         domain="A" if part in ("", "calm") else part, margin=margin,
-                         outliers=rig.outliers, detector=rig.detector)
-        data._move(device)
-        return data if live else Cached(data, Path(cfg.cache))
-    every = name == "folder" and split == "train" and not labelled and not (
-        Path(folder or "data/folder") / "labels.jsonl").is_file()
-    index = read_index(name, part, folder, "all" if every else split, _both_hands(cfg.mano),
-                       Path(cfg.cache) / "index", unlabelled)
-    meant = {"pose", "shape", "verts", "trans"} & set(index.columns)
-    if meant and _both_hands(cfg.mano) is None:                # MANO's numbers say nothing of another hand
-        index = dataclasses.replace(index, columns={k: x for k, x in index.columns.items() if k not in meant},
-                                    notes=[*index.notes, "mesh, pose and shape are left out: they are MANO's, whose "
-                                                         "file is not given"])
+def _rendered(cfg: Options, spec: str, split: str, size: int, margin: float, rig: Rig,
+              device: torch.device | None) -> Source:
+    """Synthetic hands, rendered as they are asked for on `device`, or once on the CPU."""
+    part = parse_data(spec)[1]
+    data = Synthetic(size, cfg.samples if split == "train" else None, cfg.seed, split, rig.views,
+                     user_hand(cfg.mano)[0], cfg.backgrounds or None, calm=part == "calm",
+                     domain="A" if part in ("", "calm") else part, margin=margin,
+                     outliers=rig.outliers, detector=rig.detector)
+    if device is None:
+        return Cached(data, Path(cfg.cache))
+    data.move(device)
+    return data
+
+
+def _read(cfg: Options, spec: str, split: str, size: int, margin: float, labelled: bool,
+          unlabelled: bool, rig: Rig | None) -> Source:
+    """A data set that lies in a folder."""
+    name, part, place = parse_data(spec)
+    place = place or cfg.root
+    mano = both_hands(cfg.mano)
+    plain = not (Path(place or "data/folder") / "labels.jsonl").is_file()
+    if name == "folder" and split == "train" and plain and not labelled:
+        split = "all"                         # nothing is ever tested on pictures without labels
+    index = read_index(name, part, place, split, mano, Path(cfg.cache) / "index", unlabelled)
+    if mano is None:
+        index = _without_mesh(index)
     if labelled:
         known = np.zeros(len(index), bool)
         for key in {"pose", "joints"} & set(index.columns):
@@ -160,9 +215,19 @@ def _open_one(cfg: Any, spec: str, split: str, size: int, margin: float, device:
         if not len(index):
             raise UserError(f"{spec}: not one hand has joints or a pose, so none can be learnt from")
     say(index.summary())
-    if rig and "camera" in index.columns:
-        data = Views(Hands(index, size, margin), rig.views)
-        say(f"{name}: {len(data):,} moments of up to {rig.views} cameras, "
-            f"{int((data.rows < 0).sum()):,} of their pictures missing")
-        return data
-    return Hands(index, size, margin)
+    if rig is None or "camera" not in index.columns:
+        return Hands(index, size, margin)
+    data = Views(Hands(index, size, margin), rig.views)
+    say(f"{name}: {len(data):,} moments of up to {rig.views} cameras, "
+        f"{int((data.rows < 0).sum()):,} of their pictures missing")
+    return data
+
+
+def _without_mesh(index: Index) -> Index:
+    """The index without MANO's numbers, which say nothing of another hand than MANO's."""
+    mesh = {"pose", "shape", "verts", "trans"} & set(index.columns)
+    if not mesh:
+        return index
+    columns = {key: column for key, column in index.columns.items() if key not in mesh}
+    note = "mesh, pose and shape are left out: they are MANO's, whose file is not given"
+    return dataclasses.replace(index, columns=columns, notes=[*index.notes, note])

@@ -8,7 +8,9 @@ from pathlib import Path
 
 # common before torch: it settles how threads wait
 from common import N_JOINTS, UserError
-from sources.index import Index, _cached, _folder, _paths, _pictures, _stamp, hand_labels, tight_box
+from sources.index import (
+    DataSet, Index, Joints, cached, data_folder, hand_labels, path_column, pictures_below, stamp,
+    tight_box)
 from sources.pictures import detect_hands, read_image, undistort
 
 import numpy as np
@@ -26,7 +28,7 @@ def index_cameras(root: str | Path, split: str = "train", cache: str | Path | No
     undistorted. The first 80 % of the frames train, the others test; or all. Left out and counted:
     pictures without a label. UserError: another layout, no label and no MediaPipe.
     """
-    root = _folder(root, "cameras")
+    root = data_folder(root, "cameras")
     try:
         rig = json.loads((root / "cameras.json").read_bytes())
         cameras = {name: _camera(value) for name, value in sorted(rig.items())
@@ -39,7 +41,7 @@ def index_cameras(root: str | Path, split: str = "train", cache: str | Path | No
         raise UserError(f"cameras: {root / 'cameras.json'}: side must be left or right, unit_m above "
                         "0, and one camera at least must be there")
     home = root / "frames"
-    files = {name: {Path(file).stem: f"frames/{name}/{file}" for file in _pictures(home / name)}
+    files = {name: {Path(file).stem: f"frames/{name}/{file}" for file in pictures_below(home / name)}
              for name in cameras}
     frames = sorted(set().union(*files.values()))
     if not frames:
@@ -49,8 +51,8 @@ def index_cameras(root: str | Path, split: str = "train", cache: str | Path | No
     frames = {"train": frames[:cut], "test": frames[cut:], "all": frames}[split]
     wanted = [files[name][frame] for frame in frames for name in cameras if frame in files[name]]
     labels = [str(p.relative_to(root)) for p in sorted((root / "labels").glob("*/*.json"))]
-    key = ("cameras", os.path.realpath(root), split, _stamp(root, ["cameras.json", *wanted, *labels]))
-    return _cached(cache, key, lambda: _index_cameras(f"cameras {split}", root, cameras, files, frames,
+    key = ("cameras", os.path.realpath(root), split, stamp(root, ["cameras.json", *wanted, *labels]))
+    return cached(cache, key, lambda: _index_cameras(f"cameras {split}", root, cameras, files, frames,
                                                       unit, side))
 
 
@@ -113,8 +115,12 @@ def _index_cameras(name: str, root: Path, cameras: dict, files: dict, frames: li
     if math.isnan(unit):
         notes.append("cameras.json has no unit_m: lengths are in its own unit, not metres")
     return Index(name, str(root), {
-        "paths": _paths(column["path"].tolist()), "side": np.full(len(rows), side),
+        "paths": path_column(column["path"].tolist()), "side": np.full(len(rows), side),
         "scale": np.full(len(rows), unit), "box": tight_box(column["uv_label"]),
         "uv": np.full((len(rows), N_JOINTS, 2), np.nan),
         **{key: column[key] for key in ("moment", "camera", "cameras", "K", "dist", "uv_label",
                                         "confidence")}}, "detector", dropped, notes)
+
+
+# Its labels are a detector's, as HanCo's: a mesh shows the same joints as there.
+CAMERAS = DataSet(index_cameras, ("train", "test", "all"), Joints("graphormer", regressed=True))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 # common before torch: it settles how threads wait
 from common import N_JOINTS, Mano, UserError, epe
-from sources.index import Index, _cached, _drop_missing, _folder, _paths, _stamp
+from sources.index import DataSet, Index, cached, data_folder, drop_missing, path_column, stamp
 
 import numpy as np
 import torch
@@ -24,11 +24,11 @@ def index_coco(root: str | Path, split: str = "train", cache: str | Path | None 
     No 3D. Left out and counted: hands that are valid but have no box, missing pictures.
     Columns for scores: annotation_id, image_id. UserError: a missing or foreign annotation file.
     """
-    root, file = _folder(root, "coco"), f"annotations/coco_wholebody_{split}_v1.0.json"
+    root, file = data_folder(root, "coco"), f"annotations/coco_wholebody_{split}_v1.0.json"
     if not (root / file).is_file():
         raise UserError(f"coco: {root / file} is missing: it is COCO-WholeBody's, beside COCO 2017")
-    key = ("coco", os.path.realpath(root), file, _stamp(root, [file]))
-    return _drop_missing(_cached(cache, key, lambda: _index_coco(root, file, split)))
+    key = ("coco", os.path.realpath(root), file, stamp(root, [file]))
+    return drop_missing(cached(cache, key, lambda: _index_coco(root, file, split)))
 
 
 def _index_coco(root: Path, file: str, split: str) -> Index:
@@ -52,9 +52,12 @@ def _index_coco(root: Path, file: str, split: str) -> Index:
     paths, ids, side, points, box, notes, images = map(np.array, zip(*rows))
     uv = np.where(points[..., 2:] > 0, points[..., :2], np.nan)
     index = Index(f"coco {split}", str(root), {
-        "paths": _paths(paths.tolist()), "side": side, "id": ids, "uv": uv.astype(np.float32),
+        "paths": path_column(paths.tolist()), "side": side, "id": ids, "uv": uv.astype(np.float32),
         "box": box.astype(np.float32), "annotation_id": notes, "image_id": images}, "annotated")
     return index.drop(~(np.isfinite(box).all(1) & (box[:, 2:] > 0).all(1)), "valid hands without a box")
+
+
+COCO = DataSet(index_coco, ("train", "val"))
 
 
 # ---- Official protocol ----------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from pathlib import Path
 # common before torch: it settles how threads wait
 from common import N_JOINTS, Mano, UserError, auc, epe, mpjpe, pa_mpjpe, say
 from sources.index import (
-    UNLABELLED, Index, _cached, _drop_missing, _folder, _mano_stamp, _note_poses, _paths,
-    _stamp, tight_box)
+    UNLABELLED, DataSet, Index, Joints, cached, data_folder, drop_missing, hand_stamp, note_poses,
+    path_column, stamp, tight_box)
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ def index_dexycb(root: str | Path, split: str = "train", part: str = "s0", mano:
     `unlabelled` keeps the unlabelled ones as TI-Net's authors read them: the mean pose unturned, a
     box of no size at (-1, -1), but no joints.
     """
-    root, folders = _folder(root, "dexycb"), []
+    root, folders = data_folder(root, "dexycb"), []
     subjects, sequences, cameras = dexycb_split(part, split)
     for subject in subjects:
         home = sorted(root.glob(f"*-subject-{subject + 1:02d}"))
@@ -68,19 +68,19 @@ def index_dexycb(root: str | Path, split: str = "train", part: str = "s0", mano:
                             f"each with a meta.yml, for the official splits; it has {len(found)}")
         folders += [found[i] for i in sequences]
     below = [str(file.relative_to(root)) for folder in folders for file in folder.glob("*")]
-    key = ("dexycb", os.path.realpath(root), part, split, _stamp(root, below), _mano_stamp(mano))
+    key = ("dexycb", os.path.realpath(root), part, split, stamp(root, below), hand_stamp(mano))
     name = f"dexycb:{part} {split}"
-    index = _cached(cache, key, lambda: _index_dexycb(name, root, folders, cameras, mano))
+    index = cached(cache, key, lambda: _index_dexycb(name, root, folders, cameras, mano))
     for reason in sorted(set(index.columns["reason"].tolist()) - {""}):
         if not (unlabelled and reason == UNLABELLED):
             index = index.drop(index.columns["reason"] == reason, reason)
-    index = _drop_missing(index)
+    index = drop_missing(index)
     outside = index.columns["outside"]
     if split == "train":
         index = index.drop(outside, "hands outside the picture")
     elif outside.any():
         index.notes.append(f"{outside.sum()} hands outside the picture are kept: they are scored")
-    return _note_poses(index)
+    return note_poses(index)
 
 
 def _dexycb_label(file: Path) -> tuple[str, np.ndarray]:
@@ -142,10 +142,14 @@ def _index_dexycb(name: str, root: Path, folders: list[Path], cameras: list[int]
     numbers = {"box": box, "K": column["K"], "joints": joints.reshape(-1, N_JOINTS, 3), "uv": uv,
                "pose": pose, "shape": column["shape"], "trans": trans}
     index = Index(name, str(root), {
-        "paths": _paths(column["path"].tolist()), "side": column["side"],
+        "paths": path_column(column["path"].tolist()), "side": column["side"],
         **{name: value.astype(np.float32) for name, value in numbers.items()},
         "image_id": np.arange(len(uv)), "outside": outside, "reason": column["reason"]}, "joints")
     return index
+
+
+# joint_3d is the output of manopth, which the tool kit pins.
+DEXYCB = DataSet(index_dexycb, joints=Joints("manopth"))
 
 
 # ---- Official protocol ----------------------------------------------------------------------------

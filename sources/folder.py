@@ -10,7 +10,8 @@ from pathlib import Path
 # common before torch: it settles how threads wait
 from common import N_JOINTS, UserError
 from sources.index import (
-    PICTURES, Index, _cached, _drop_unreadable, _folder, _paths, _pictures, _stamp, tight_box)
+    PICTURES, DataSet, Index, cached, data_folder, drop_unreadable, path_column, pictures_below,
+    stamp, tight_box)
 
 import numpy as np
 
@@ -21,15 +22,15 @@ def index_imagenet(root: str | Path, split: str = "train",
 
     Pictures that cannot be read are left out, named and counted. UserError: another layout.
     """
-    root = _folder(root, "imagenet")
-    found = _pictures(root / split)
+    root = data_folder(root, "imagenet")
+    found = pictures_below(root / split)
     files = [f"{split}/{file}" for file in found if "/" in file]
     if not files:
         raise UserError(f"imagenet: {root} must hold {split}/<class>/<picture>"
                         + (", and the pictures lie in no class folder" if found else ""))
-    columns = {"paths": _paths(files), "side": np.full(len(files), "right")}
-    index = _cached(cache, ("imagenet", os.path.realpath(root), split, _stamp(root, files)),
-                    lambda: _drop_unreadable(Index(f"imagenet {split}", str(root), columns)))
+    columns = {"paths": path_column(files), "side": np.full(len(files), "right")}
+    index = cached(cache, ("imagenet", os.path.realpath(root), split, stamp(root, files)),
+                    lambda: drop_unreadable(Index(f"imagenet {split}", str(root), columns)))
     if len(files) < len(found):
         index.dropped["pictures in no class folder"] = len(found) - len(files)
     return index
@@ -45,15 +46,15 @@ def index_folder(root: str | Path, split: str = "all", cache: str | Path | None 
     when the folder grows: train 90 %, val 5 %, test 5 %, or all. Pictures that cannot be read are
     left out, named and counted. UserError: no folder, no picture, a line and what is wrong in it.
     """
-    root = _folder(root, "folder")
-    files = _pictures(root)
+    root = data_folder(root, "folder")
+    files = pictures_below(root)
     if not files:
         raise UserError(f"folder: {root} holds no picture ({' '.join(PICTURES)})")
     labels = ["labels.jsonl"] * (root / "labels.jsonl").is_file()
-    columns = {"paths": _paths(files), "side": np.full(len(files), "right")}
+    columns = {"paths": path_column(files), "side": np.full(len(files), "right")}
     plain = Index("folder", str(root), columns)
-    index = _cached(cache, ("folder", os.path.realpath(root), _stamp(root, files + labels)),
-                    lambda: _drop_unreadable(_labelled(plain, set(files)) if labels else plain))
+    index = cached(cache, ("folder", os.path.realpath(root), stamp(root, files + labels)),
+                    lambda: drop_unreadable(_labelled(plain, set(files)) if labels else plain))
     first, last = {"all": (0, 100), "train": (0, 90), "val": (90, 95), "test": (95, 100)}[split]
     bucket = np.array([zlib.crc32(path) % 100 for path in index.columns["paths"].tolist()])
     index = index.take((bucket >= first) & (bucket < last))
@@ -112,7 +113,7 @@ def _labelled(plain: Index, known: set[str]) -> Index:
     if not labels:
         raise UserError(f"{file} is empty: give it one line a hand, or delete it")
     columns = {key: np.array([label[key] for label in labels]) for key in ("side", *LABELS)}
-    columns["paths"] = _paths([label["path"] for label in labels])
+    columns["paths"] = path_column([label["path"] for label in labels])
     columns["id"] = np.array([f"{label['path']}#{label['id']}" for label in labels])
     columns["uv"][columns["confidence"] == 0] = np.nan
     columns["confidence"] = np.nan_to_num(columns["confidence"], nan=1.0)
@@ -124,3 +125,7 @@ def _labelled(plain: Index, known: set[str]) -> Index:
     unnamed = len(known - {label["path"] for label in labels})
     dropped = {"pictures without a line in labels.jsonl": unnamed} if unnamed else {}
     return Index(plain.name, plain.root, columns, source, dropped)
+
+
+FOLDER = DataSet(index_folder, ("train", "val", "test", "all"))
+IMAGENET = DataSet(index_imagenet, ("train", "val"))

@@ -11,8 +11,8 @@ from common import (
     N_JOINTS, N_VERTS, Mano, UserError, auc, axis_angle_to_matrix, epe, f_score, pa_mpjpe,
     procrustes)
 from sources.index import (
-    Index, _cached, _drop_missing, _folder, _json_numbers, _mano_stamp, _note_poses, _nothing,
-    _paths, _stamp, hand_labels, tight_box)
+    DataSet, Index, Joints, cached, data_folder, drop_missing, empty_index, hand_labels,
+    hand_stamp, json_numbers, note_poses, path_column, stamp, tight_box)
 from sources.submission import every_sample, write_submission
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch import Tensor
 # FreiHAND v2: layout, joint order and variants are those of lmb-freiburg/freihand 5ea4ab9.
 
 FREIHAND_IDS, FREIHAND_EVALUATION = 32_560, 3_960       # hands of the two halves
-FREIHAND = {"K": (3, 3), "xyz": (N_JOINTS, 3), "mano": (61,), "verts": (N_VERTS, 3), "scale": ()}
+FILES = {"K": (3, 3), "xyz": (N_JOINTS, 3), "mano": (61,), "verts": (N_VERTS, 3), "scale": ()}
 # The evaluation has no boxes: PeCLR's released code starts from the central 33 % of 224 px.
 FREIHAND_BOX = (75.04, 75.04, 73.92, 73.92)
 
@@ -67,35 +67,35 @@ def index_freihand(root: str | Path, split: str = "train", part: str = "all",
     HaMuCo's Ours-SV learns from. UserError: missing or foreign files, or files
     that do not have one entry a hand.
     """
-    root, numbers = _folder(root, "freihand"), freihand_split(part, split)
+    root, numbers = data_folder(root, "freihand"), freihand_split(part, split)
     name, home = f"freihand:{part} {split}", "evaluation" if split == "test" else "training"
     if not len(numbers):
-        return _nothing(name, root, "freihand has no validation split; freihand:90 has PeCLR's")
-    files = {kind: f"{home}_{kind}.json" for kind in FREIHAND}
-    needed = ("K", "scale") if split == "test" else FREIHAND
+        return empty_index(name, root, "freihand has no validation split; freihand:90 has PeCLR's")
+    files = {kind: f"{home}_{kind}.json" for kind in FILES}
+    needed = ("K", "scale") if split == "test" else FILES
     for kind in needed:
         if not (root / files[kind]).is_file():
             raise UserError(f"freihand: {root / files[kind]} is missing (layout of FreiHAND_pub_v2)")
     files = {kind: file for kind, file in files.items() if (root / file).is_file()}
     labels = sorted(file.name for file in (root / home / "labels").glob("*.json"))
-    key = ("freihand", os.path.realpath(root), _stamp(root, [*files.values(), *(f"{home}/labels/{f}" for f in labels)]),
-           _mano_stamp(mano))
-    hands = _cached(cache, key, lambda: _index_freihand(root, home, files, mano))
+    key = ("freihand", os.path.realpath(root), stamp(root, [*files.values(), *(f"{home}/labels/{f}" for f in labels)]),
+           hand_stamp(mano))
+    hands = cached(cache, key, lambda: _index_freihand(root, home, files, mano))
     numbers = numbers[numbers % FREIHAND_IDS < len(hands)]
-    paths = _paths([f"{home}/rgb/{number:08d}.jpg" for number in numbers])
+    paths = path_column([f"{home}/rgb/{number:08d}.jpg" for number in numbers])
     index = dataclasses.replace(hands, name=name, columns={"paths": paths, "image_id": numbers})
-    index = _drop_missing(index)              # first: four times the vertices are 1.2 GB, copied once
+    index = drop_missing(index)              # first: four times the vertices are 1.2 GB, copied once
     index.columns["hand"] = index.columns["image_id"] % FREIHAND_IDS
     index.columns |= {key: column[index.columns["hand"]] for key, column in hands.columns.items() if key != "paths"}
     if part == "centre" and split == "test":
         index.columns["box"] = np.tile(np.float32(FREIHAND_BOX), (len(index), 1))
         index.box_source = "data set"
-    return _note_poses(index)
+    return note_poses(index)
 
 
 def _index_freihand(root: Path, home: str, files: dict[str, str], mano: dict | None) -> Index:
     """One row a hand, its first picture: all that `index_freihand` reads from the .json files."""
-    found = {kind: _json_numbers(root / file, FREIHAND[kind]) for kind, file in files.items()}
+    found = {kind: json_numbers(root / file, FILES[kind]) for kind, file in files.items()}
     counts, most = {kind: len(x) for kind, x in found.items()}, FREIHAND_EVALUATION
     most = FREIHAND_IDS if home == "training" else most
     n = counts["K"]
@@ -103,7 +103,7 @@ def _index_freihand(root: Path, home: str, files: dict[str, str], mano: dict | N
         raise UserError(f"freihand: {root}/{home}_*.json must have one entry for each of the {most:,} "
                         f"hands; they have {', '.join(f'{k} {c:,}' for k, c in counts.items())}")
     notes = [] if n == most else [f"{home}_*.json have {n:,} of the {most:,} hands"]
-    get = lambda kind: found[kind] if kind in found else np.full((n, *FREIHAND[kind]), np.nan)
+    get = lambda kind: found[kind] if kind in found else np.full((n, *FILES[kind]), np.nan)
     joints, verts, theta = get("xyz"), get("verts"), get("mano")
     uv = joints @ found["K"].transpose(0, 2, 1)
     uv = uv[..., :2] / uv[..., 2:]
@@ -126,7 +126,7 @@ def _index_freihand(root: Path, home: str, files: dict[str, str], mano: dict | N
         numbers |= _freihand_labels(root / home / "labels", n)
         notes.append(f"2D labels of {int((numbers['confidence'] > 0).any(1).sum()):,} of {n:,} hands in {home}/labels")
     return Index("freihand", str(root), {
-        "paths": _paths([f"{home}/rgb/{i:08d}.jpg" for i in range(n)]), "side": np.full(n, "right"),
+        "paths": path_column([f"{home}/rgb/{i:08d}.jpg" for i in range(n)]), "side": np.full(n, "right"),
         **{name: value.astype(np.float32) for name, value in numbers.items()}},
         "joints" if "xyz" in found else "data set", notes=notes)
 
@@ -155,6 +155,10 @@ def _mesh_trans(pose: np.ndarray, shape: np.ndarray, verts: np.ndarray, joints: 
         trans, other = apart.mean(1), layer.regress(given) - stored
         found.append((trans, (apart - trans[:, None]).norm(dim=-1).mean(1), other.norm(dim=-1).mean(1)))
     return tuple(torch.cat(part).numpy() for part in zip(*found))
+
+
+# Its joints are regressed from the posed mesh, and its tips are its own choice of vertices.
+FREIHAND = DataSet(index_freihand, joints=Joints("freihand", regressed=True))
 
 
 # ---- Official protocol ----------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from pathlib import Path
 from common import (
     N_JOINTS, Mano, UserError, axis_angle_to_matrix, matrix_to_axis_angle, n_mpjpe, pa_mpjpe)
 from sources.index import (
-    Index, _cached, _folder, _mano_stamp, _note_poses, _paths, _stamp, hand_labels)
+    DataSet, Index, Joints, cached, data_folder, hand_labels, hand_stamp, note_poses, path_column,
+    stamp)
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ def index_hanco(root: str | Path, split: str = "train", part: str = "", mano: di
     """
     if part and part not in HANCO_FOLDERS:
         raise UserError(f"hanco has the parts {', '.join(HANCO_FOLDERS)}, not {part!r}")
-    root, home = _folder(root, "hanco"), Path(root).expanduser() / "calib"
+    root, home = data_folder(root, "hanco"), Path(root).expanduser() / "calib"
     folder = part or {"train": "rgb", "test": "rgb_merged"}[split]
     known = sorted(p.name for p in home.iterdir() if p.name.isdigit()) if home.is_dir() else []
     names = [name for name in known if (int(name) < HANCO_TRAIN) == (split == "train")]
@@ -48,8 +49,8 @@ def index_hanco(root: str | Path, split: str = "train", part: str = "", mano: di
     below = [f"{top}/{name}" for name in names
              for top in ("calib", "xyz", "shape", *(f"{folder}/{name}/cam{c}" for c in range(8)))
              if (root / top / name).is_dir()]
-    key = ("hanco", os.path.realpath(root), split, folder, _stamp(root, below), _mano_stamp(mano))
-    return _cached(cache, key, lambda: _index_hanco(f"hanco:{folder} {split}", root, folder, names,
+    key = ("hanco", os.path.realpath(root), split, folder, stamp(root, below), hand_stamp(mano))
+    return cached(cache, key, lambda: _index_hanco(f"hanco:{folder} {split}", root, folder, names,
                                                     mano))
 
 
@@ -101,7 +102,7 @@ def _index_hanco(name: str, root: Path, folder: str, names: list[str], mano: dic
     column = {key: np.array([row[key] for row in rows]) for key in rows[0]}
     missing = 8 * moments - len(rows)
     index = Index(name, str(root), {
-        "paths": _paths(column["path"].tolist()), "side": np.full(len(rows), "right"),
+        "paths": path_column(column["path"].tolist()), "side": np.full(len(rows), "right"),
         "moment": column["moment"], "camera": column["camera"],
         "box": np.tile(np.float32(HANCO_BOX), (len(rows), 1)), "cameras": column["cameras"],
         **{key: column[key].astype(np.float32)
@@ -111,7 +112,7 @@ def _index_hanco(name: str, root: Path, folder: str, names: list[str], mano: dic
     count = lambda key: int(np.isfinite(column[key]).all(-1).any(-1).sum())
     index.notes.append(f"{len(names)} sequences, {moments} time steps, {count('uv_label')} pictures "
                        f"with 2D labels, {count('joints')} with joints")
-    return _note_poses(index)
+    return note_poses(index)
 
 
 def _hanco_poses(column: dict[str, np.ndarray], mano: dict | None) -> dict[str, np.ndarray]:
@@ -128,6 +129,11 @@ def _hanco_poses(column: dict[str, np.ndarray], mano: dict | None) -> dict[str, 
         trans = np.einsum("nij,nj->ni", M[:, :3, :3], wrist + column["trans"]) + M[:, :3, 3] - wrist
     return {key: value.astype(np.float32) for key, value in
             (("pose", pose), ("shape", column["shape"]), ("trans", trans))}
+
+
+# Its joints are those of a network, which no mesh defines; HaMuCo, whose split and scores these are,
+# compares them with joints that it regresses from the posed mesh, and with these tips.
+HANCO = DataSet(index_hanco, ("train", "test"), Joints("graphormer", regressed=True))
 
 
 # ---- Official protocol ----------------------------------------------------------------------------

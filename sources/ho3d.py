@@ -9,11 +9,11 @@ from pathlib import Path
 from common import (
     MANO_TO_OURS, N_JOINTS, N_VERTS, ROOT, Mano, UserError, auc, axis_angle_to_matrix,
     matrix_to_axis_angle, n_mpjpe)
-from hand.official import _PICKLE_NAMES, _read_pickle, _Recorded, _Recorder, _value
+from hand.official import PICKLE_NAMES, read_pickle, Recorded, Recorder, worked_out
 from sources.freihand import freihand_scores
 from sources.index import (
-    UNLABELLED, Index, _cached, _drop_missing, _folder, _json_numbers, _mano_stamp,
-    _note_poses, _nothing, _paths, _stamp, tight_box)
+    UNLABELLED, DataSet, Index, Joints, cached, data_folder, drop_missing, empty_index, hand_stamp,
+    json_numbers, note_poses, path_column, stamp, tight_box)
 from sources.submission import every_sample, write_submission
 
 import numpy as np
@@ -25,18 +25,18 @@ from tqdm import tqdm
 # HO3D v2 and v3: layout, axes and joint order are those of shreyashampali/ho3d 2fd6ee1.
 
 OPENGL = np.diag([1.0, -1.0, -1.0])               # x right, y up, z backward <-> our camera frame
-HO3D = {"handJoints3D": (N_JOINTS, 3), "handPose": (48,), "handTrans": (3,), "handBeta": (10,),
+LABELS = {"handJoints3D": (N_JOINTS, 3), "handPose": (48,), "handTrans": (3,), "handBeta": (10,),
         "camMat": (3, 3), "handBoundingBox": (4,)}
 
 
-class _LabelRecorder(_Recorder):
+class _LabelRecorder(Recorder):
     """The same for a file of labels: arrays, strings and numbers, and no class of chumpy or scipy."""
 
     def find_class(self, module: str, name: str) -> type:
         full = f"{module}.{name}"
         if full in ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"):
-            return type("scalar", (_Recorded,), {"kind": "scalar"})      # may be there, is never read
-        if _PICKLE_NAMES.get(full) not in ("array", "buffer", "ndarray", "dtype", "bytes"):
+            return type("scalar", (Recorded,), {"kind": "scalar"})      # may be there, is never read
+        if PICKLE_NAMES.get(full) not in ("array", "buffer", "ndarray", "dtype", "bytes"):
             raise UserError(f"names {full[:99]!r}, which no label needs; refused, and nothing in "
                             "the file was run")
         return super().find_class(module, name)
@@ -56,9 +56,9 @@ def index_ho3d(root: str | Path, split: str = "train", mano: dict | None = None,
     running them. Left out and counted: frames without picture or label, broken and empty labels.
     UserError: a missing list, a label that asks for code, truth that belongs to other frames.
     """
-    root, home = _folder(root, "ho3d"), "evaluation" if split == "test" else "train"
+    root, home = data_folder(root, "ho3d"), "evaluation" if split == "test" else "train"
     if split == "val":
-        return _nothing("ho3d val", root, "ho3d has no validation split")
+        return empty_index("ho3d val", root, "ho3d has no validation split")
     if not (root / f"{home}.txt").is_file():
         raise UserError(f"ho3d: {root / home}.txt is missing, which lists the frames that count")
     frames = [line.split("/") for line in (root / f"{home}.txt").read_text().split()]
@@ -67,12 +67,12 @@ def index_ho3d(root: str | Path, split: str = "train", mano: dict | None = None,
     labels = [f"{home}/{sequence}/meta/{frame}.pkl" for sequence, frame in frames]
     truth = [f"{home}_{kind}.json" for kind in ("xyz", "verts") if split == "test"]
     files = [file for file in (f"{home}.txt", *truth, *labels) if (root / file).is_file()]
-    key = ("ho3d", os.path.realpath(root), split, _stamp(root, files), _mano_stamp(mano))
-    index = _cached(cache, key, lambda: _index_ho3d(root, home, labels, mano))
+    key = ("ho3d", os.path.realpath(root), split, stamp(root, files), hand_stamp(mano))
+    index = cached(cache, key, lambda: _index_ho3d(root, home, labels, mano))
     for reason in sorted(set(index.columns["reason"].tolist()) - {""}):
         index = index.drop(index.columns["reason"] == reason, reason)
-    index = _drop_missing(_png_or_jpg(index))
-    return index if split == "test" else _note_poses(index)
+    index = drop_missing(_png_or_jpg(index))
+    return index if split == "test" else note_poses(index)
 
 
 def _png_or_jpg(index: Index) -> Index:
@@ -86,18 +86,18 @@ def _png_or_jpg(index: Index) -> Index:
         other = Path(name).with_suffix(".jpg").name
         jpg = name not in there[folder] and other in there[folder]
         found.append(f"{folder}/{other if jpg else name}")
-    return dataclasses.replace(index, columns=index.columns | {"paths": _paths(found)})
+    return dataclasses.replace(index, columns=index.columns | {"paths": path_column(found)})
 
 
 def _ho3d_label(file: Path) -> tuple[str, dict[str, np.ndarray]]:
-    """Why a frame is left out or "", and its numbers by the names in HO3D, NaN where not given.
+    """Why a frame is left out or "", and its numbers by the names in LABELS, NaN where not given.
 
     In the evaluation handJoints3D is the wrist alone, which fills the first joint.
     """
-    values = {key: np.full(dims, np.nan) for key, dims in HO3D.items()}
+    values = {key: np.full(dims, np.nan) for key, dims in LABELS.items()}
     try:
-        meta = _read_pickle(file.read_bytes(), _LabelRecorder)
-        given = {key: _value(meta[key]) for key in HO3D if meta.get(key) is not None}
+        meta = read_pickle(file.read_bytes(), _LabelRecorder)
+        given = {key: worked_out(meta[key]) for key in LABELS if meta.get(key) is not None}
         if "handJoints3D" not in given or "camMat" not in given:
             return UNLABELLED, values
         for key, value in given.items():
@@ -105,14 +105,14 @@ def _ho3d_label(file: Path) -> tuple[str, dict[str, np.ndarray]]:
             if key == "handJoints3D" and value.shape in ((3,), (1, 3)):
                 values[key][0] = value
             else:
-                values[key] = value.reshape(HO3D[key])
+                values[key] = value.reshape(LABELS[key])
     except FileNotFoundError:
         return "frames without a label file", values
     except UserError as error:
         raise UserError(f"ho3d: {file}: {error}") from None
     except Exception:                    # bytes that are no pickle can fail anywhere in the decoder
         return "frames with a broken label file", {key: np.full(dims, np.nan)
-                                                   for key, dims in HO3D.items()}
+                                                   for key, dims in LABELS.items()}
     known = np.concatenate([values[key].ravel()[:3] for key in ("handJoints3D", "camMat")])
     return "" if np.isfinite(known).all() else "frames with NaN labels", values
 
@@ -121,7 +121,7 @@ def _index_ho3d(root: Path, home: str, labels: list[str], mano: dict | None) -> 
     """One row a line of the list: all that `index_ho3d` reads from the labels."""
     read = [_ho3d_label(root / file) for file in tqdm(labels, "reading ho3d",
                                                       disable=len(labels) < 2000)]
-    column = {key: np.array([values[key] for _, values in read]) for key in HO3D}
+    column = {key: np.array([values[key] for _, values in read]) for key in LABELS}
     n, evaluation = len(read), home == "evaluation"
     root_joint = column["handJoints3D"][:, 0] @ OPENGL
     truth, notes = {"xyz": column["handJoints3D"]}, []
@@ -149,7 +149,7 @@ def _index_ho3d(root: Path, home: str, labels: list[str], mano: dict | None) -> 
     numbers |= {"verts": truth["verts"] @ OPENGL} if "verts" in truth else {}
     pictures = [label.replace("/meta/", "/rgb/").replace(".pkl", ".png") for label in labels]
     return Index(f"ho3d {'test' if evaluation else 'train'}", str(root), {
-        "paths": _paths(pictures), "side": np.full(n, "right"), "image_id": np.arange(n),
+        "paths": path_column(pictures), "side": np.full(n, "right"), "image_id": np.arange(n),
         "reason": np.array([reason for reason, _ in read]),
         **{name: value.astype(np.float32) for name, value in numbers.items()}},
         "annotated" if evaluation else "joints", notes=notes)
@@ -166,7 +166,7 @@ def _ho3d_truth(root: Path, wrists: np.ndarray) -> tuple[dict[str, np.ndarray], 
         if not file.is_file():
             notes.append(f"{file} is not there, so {kind} cannot be scored")
             continue
-        found[kind] = _json_numbers(file, dims)
+        found[kind] = json_numbers(file, dims)
         if len(found[kind]) != len(wrists):
             raise UserError(f"ho3d: {file} has {len(found[kind]):,} entries, evaluation.txt "
                             f"{len(wrists):,} frames")
@@ -175,6 +175,9 @@ def _ho3d_truth(root: Path, wrists: np.ndarray) -> tuple[dict[str, np.ndarray], 
         raise UserError(f"ho3d: {root}/evaluation_xyz.json lies {1000 * np.nanmedian(apart):.0f} mm "
                         "from the wrists in evaluation/*/meta: it is of other frames or in other axes")
     return found, notes
+
+
+HO3D = DataSet(index_ho3d, joints=Joints("ho3d"))
 
 
 # ---- Official protocol ----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 # common before torch: it settles how threads wait
 from common import N_JOINTS, UserError
@@ -23,6 +24,23 @@ from torch import Tensor
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 MIRROR = np.diag([-1.0, 1.0, 1.0])                      # a left hand becomes a right one: x -> -x
 INDEX_VERSION = 1                                       # raise it when an index function changes
+# What the sample dictionary holds of an Index, and what is needed to read it.
+SAMPLE_COLUMNS = frozenset((
+    "paths", "side", "id", "K", "scale", "joints", "uv", "uv_label", "confidence", "verts",
+    "visible", "pose", "shape", "trans", "moment", "camera", "cameras", "dist"))
+
+
+class Joints(NamedTuple):
+    """Which 21 joints a data set means, where a mesh is there to take them from."""
+    tips: str = "smplx"                                 # the five tip vertices, by name in common.TIPS
+    regressed: bool = False                             # the others from the posed mesh, not the chain
+
+
+class DataSet(NamedTuple):
+    """What sources/__init__.py needs to know of a data set; the rest stands in the set's own file."""
+    index: Callable[..., Index]                         # (root, split, ...) -> Index
+    splits: tuple[str, ...] = ("train", "val", "test")
+    joints: Joints = Joints()
 
 
 @dataclass
@@ -106,7 +124,7 @@ def tight_box(uv: np.ndarray) -> np.ndarray:
     return np.where(box[:, 2:].max(1, keepdims=True) >= 2, box, np.nan)        # a dot is no hand
 
 
-def _folder(root: str | Path, name: str) -> Path:
+def data_folder(root: str | Path, name: str) -> Path:
     """The folder of a data set; UserError where it is missing."""
     path = Path(root).expanduser()
     if not path.is_dir():
@@ -114,12 +132,12 @@ def _folder(root: str | Path, name: str) -> Path:
     return path
 
 
-def _paths(paths: list[str]) -> np.ndarray:
+def path_column(paths: list[str]) -> np.ndarray:
     """Relative paths as one compact column of bytes; any file name survives."""
     return np.array([os.fsencode(path) for path in paths], dtype=bytes)
 
 
-def _pictures(root: Path) -> list[str]:
+def pictures_below(root: Path) -> list[str]:
     """Relative paths of all pictures below a folder, sorted; hidden files and folders left out."""
     found, seen = [], set()
     for folder, folders, files in os.walk(root, followlinks=True):
@@ -132,14 +150,14 @@ def _pictures(root: Path) -> list[str]:
     return sorted(found)
 
 
-def _stamp(root: Path, names: list[str]) -> str:
+def stamp(root: Path, names: list[str]) -> str:
     """Digest of names, sizes and times of files or folders: changes when any of them does."""
     stats = [os.stat(os.path.join(root, name)) for name in names]
     text = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats)])
     return hashlib.sha1(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _cached(cache: str | Path | None, key: tuple, build: Callable[[], Index]) -> Index:
+def cached(cache: str | Path | None, key: tuple, build: Callable[[], Index]) -> Index:
     """`build()`, or what it returned before under the same key, from an .npz file in `cache`."""
     if cache is None:
         return build()
@@ -163,7 +181,7 @@ def _cached(cache: str | Path | None, key: tuple, build: Callable[[], Index]) ->
     return index
 
 
-def _drop_unreadable(index: Index) -> Index:
+def drop_unreadable(index: Index) -> Index:
     """Open every picture of an index once; leave out, count and name those that cannot be read."""
     paths, row = np.unique(index.columns["paths"], return_inverse=True)
     good = check_images([os.path.join(index.root, os.fsdecode(path)) for path in paths])
@@ -174,7 +192,7 @@ def _drop_unreadable(index: Index) -> Index:
     return index
 
 
-def _drop_missing(index: Index) -> Index:
+def drop_missing(index: Index) -> Index:
     """Leave out and count rows whose picture is not there; UserError where none is."""
     root, listed, there = os.fsencode(index.root), {}, []
     for folder, name in map(os.path.split, index.columns["paths"].tolist()):
@@ -187,7 +205,7 @@ def _drop_missing(index: Index) -> Index:
     return index.drop(~np.array(there), "samples without their picture")
 
 
-def _note_poses(index: Index) -> Index:
+def note_poses(index: Index) -> Index:
     """Say how many samples have no pose."""
     if count := int(np.isnan(index.columns["pose"]).any(1).sum()):
         index.notes.append(f"{count} samples have no pose: no fit, or the MANO file is not given")
@@ -197,19 +215,19 @@ def _note_poses(index: Index) -> Index:
 UNLABELLED = "unlabelled frames"
 
 
-def _mano_stamp(mano: dict | None) -> str:
+def hand_stamp(mano: dict | None) -> str:
     """Digest of the hand files that poses are converted with."""
     parts = [part for side, hand in sorted((mano or {}).items()) for key in sorted(hand)
              for part in (side.encode(), key.encode(), np.asarray(hand[key]).tobytes())]
     return hashlib.sha1(b"".join(parts)).hexdigest()
 
 
-def _nothing(name: str, root: Path, note: str) -> Index:
+def empty_index(name: str, root: Path, note: str) -> Index:
     """An index without rows, for a split that the data set does not have."""
-    return Index(name, str(root), {"paths": _paths([]), "side": np.array([], str)}, notes=[note])
+    return Index(name, str(root), {"paths": path_column([]), "side": np.array([], str)}, notes=[note])
 
 
-def _json_numbers(file: Path, dims: tuple[int, ...]) -> np.ndarray:
+def json_numbers(file: Path, dims: tuple[int, ...]) -> np.ndarray:
     """A .json that is nested lists of numbers as (N, *dims), float64; UserError if it is not that.
 
     It is read as one run of numbers: FreiHAND's vertices would be 76 million Python objects.

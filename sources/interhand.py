@@ -12,7 +12,8 @@ from common import (
 from hand.official import mirror_mano
 from sources.dexycb import ti_net_scores
 from sources.index import (
-    Index, _cached, _drop_missing, _folder, _mano_stamp, _note_poses, _paths, _stamp, tight_box)
+    DataSet, Index, cached, data_folder, drop_missing, hand_stamp, note_poses, path_column, stamp,
+    tight_box)
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ def index_interhand(root: str | Path, split: str = "train", part: str = "all",
     annotation_id, image_id, capture, frame, camera, hand_type, hand_type_valid, bbox (all hands').
     UserError: a missing or foreign annotation file.
     """
-    root = _folder(root, "interhand")
+    root = data_folder(root, "interhand")
     if part not in ("all", "single", "interacting", "H", "M"):
         raise UserError(f"interhand has the parts all, single, interacting, H, M, not {part!r}")
     home = f"annotations/{split}/InterHand2.6M_{split}_"
@@ -48,10 +49,10 @@ def index_interhand(root: str | Path, split: str = "train", part: str = "all",
     for file in files:
         if not (root / file).is_file():
             raise UserError(f"interhand: {root / file} is missing (layout of v1.0)")
-    key = ("interhand", os.path.realpath(root), part, _stamp(root, files), _mano_stamp(mano))
+    key = ("interhand", os.path.realpath(root), part, stamp(root, files), hand_stamp(mano))
     name = f"interhand:{part} {split}"
-    index = _cached(cache, key, lambda: _index_interhand(name, root, split, part, files, mano))
-    return _note_poses(_drop_missing(index))
+    index = cached(cache, key, lambda: _index_interhand(name, root, split, part, files, mano))
+    return note_poses(drop_missing(index))
 
 
 def _interhand_hands(note: dict, image: dict, path: str, tables: list[dict]) -> list[dict | str]:
@@ -133,9 +134,13 @@ def _index_interhand(name: str, root: Path, split: str, part: str, files: list[s
     score = ("annotation_id", "image_id", "capture", "frame", "camera", "hand_type",
              "hand_type_valid", "bbox")
     return Index(name, str(root), {
-        "paths": _paths(column["path"].tolist()), "side": column["side"], "id": column["id"],
+        "paths": path_column(column["path"].tolist()), "side": column["side"], "id": column["id"],
         **{key: value.astype(np.float32) for key, value in numbers.items()},
         **{key: column[key] for key in score}}, "joints", dropped).drop(broken, "hands with NaN")
+
+
+# Its joints are annotated by hand and by machine, not defined by a mesh: the chain's are the nearest.
+INTERHAND = DataSet(index_interhand)
 
 
 # ---- Official protocol ----------------------------------------------------------------------------

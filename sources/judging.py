@@ -11,12 +11,12 @@ from typing import Any
 
 # common before torch: it settles how threads wait
 from common import (
-    Mano, Run, UserError, axis_angle_to_matrix, batches, cpu_state, gather, load_checkpoint,
+    Mano, Run, UserError, axis_angle_to_matrix, cpu_state, gather, load_checkpoint,
     matrix_to_axis_angle, open_out, origin, parse, place, rank, recall, save_checkpoint, say,
     score, settle, share, start, stored_config, summarise, to_device, view_intrinsics, world)
-from hand import hand_mark, user_hand
+from hand import hand_mark
 from hand.drawing import curve, draw_mesh, draw_side, draw_skeleton, label, sheet
-from sources import DATASET_TIPS, data_name, open_data
+from sources import batches, data_name, hand_for, open_data
 from sources.synthetic import Cached, Synthetic
 
 import torch
@@ -215,7 +215,7 @@ def report(cfg: Any, out: Path, names: list[str], device: torch.device,
     if not len(test):
         say(f"wrote {out}/finetune.pt; {cfg.finetune} has no test split, so nothing was scored")
         return
-    hand = Mano(user_hand(cfg.mano)[0], DATASET_TIPS.get(data_name(cfg.finetune), "smplx"))
+    hand = hand_for(cfg.finetune, cfg.mano)
     blind, n, left_out = summarise(mean_pose_scores(last["mean"], test, hand))
     rows, models = {"mean_pose": blind} | {name: {} for name in names}, {}
     if "scratch" not in names:

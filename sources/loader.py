@@ -1,200 +1,209 @@
-"""Turns an index into samples: one hand, several cameras, some rows, several data sets."""
+"""The protocol of a source, batches of its samples, and sources made of sources."""
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
 # common before torch: it settles how threads wait
-from common import N_JOINTS, N_VERTS, UserError, crop, flip, mirror_pose, transform
-from sources.index import MIRROR, Index
-from sources.pictures import _cut, read_image, undistort_picture
+from common import UserError, permutation, share, steps_per_epoch, to_device
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import default_collate as collate
 
 
-class Hands(torch.utils.data.Dataset):
-    """The one loader: an Index, crops `size` px wide of `margin` x the box -> sample dictionaries.
+# ---- The protocol ---------------------------------------------------------------------------------
 
-    Without a box the crop is the centre square, whatever the margin. Left hands are mirrored to
-    right; `side` tells. Numbers are float32; confidence is 1 and visible is "inside the picture"
-    where the data set says nothing. A picture that breaks after the index was checked is named on
-    stderr and gives a black image with every `has` False: batches and resumed runs stay the same.
-    """
 
-    def __init__(self, index: Index, size: int, margin: float):
-        self.index, self.size, self.margin = index, size, margin
-        self.box_source = index.box_source
+class Targets(Protocol):
+    """What knows the labels of its samples; see the head of sources/__init__.py."""
 
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, row: int) -> dict:
-        index, path = self.index, Path(self.index.root, self.index.path(row))
-        try:
-            picture, columns = read_image(path), index.columns
-        except UserError as error:
-            if not path.exists():
-                raise
-            print(f"{error}; it becomes a black image without labels", file=sys.stderr)
-            picture, columns = np.zeros((self.size, self.size, 3), np.uint8), {}
-        if "dist" in columns:
-            picture = undistort_picture(picture, columns["K"][row], columns["dist"][row])
-        middle, side = self._square(columns.get("box"), row, picture.shape[1::-1])
-        image = _cut(picture, middle, side, self.size)
-        image = image[:, ::-1] if index.columns["side"][row] == "left" else image
-        return {"image": torch.from_numpy(image.transpose(2, 0, 1).copy()),
-                **self._labels(columns, row, picture.shape[1::-1], middle, side)}
+    def __len__(self) -> int: ...
 
     def targets(self, rows: Tensor) -> dict:
-        """Samples without their pictures, collated; `side_px` (B,) is the side those would have."""
-        found = []
-        for row in rows.tolist():
-            box, size = self.index.columns.get("box"), (self.size, self.size)
-            if box is None or np.isnan(box[row]).any():
-                with Image.open(Path(self.index.root, self.index.path(row))) as picture:
-                    size = ImageOps.exif_transpose(picture).size
-            found.append(self._labels(self.index.columns, row, size, *self._square(box, row, size)))
-        return collate(found) | {"side_px": torch.full((len(rows),), float(self.size))}
-
-    def _labels(self, columns: dict[str, np.ndarray], row: int, size: tuple[int, int],
-                middle: np.ndarray, side: float) -> dict:
-        """All of a sample but its picture, which is `size` (width, height), cut at `middle`."""
-        index, sample = self.index, _numbers(columns, row, size)
-        A = crop(torch.tensor(middle)[None], torch.tensor([side]).double(), self.size)
-        if index.columns["side"][row] == "left":
-            A = flip(torch.ones(1).double(), self.size) @ A
-            sample |= {key: sample[key] @ MIRROR for key in ("K", "joints", "verts", "trans")}
-            sample["pose"] = mirror_pose(torch.tensor(sample["pose"])).numpy()
-        sample["crop"] = A[0].numpy()                              # picture px -> image px
-        sample["K"] = sample["crop"] @ sample["K"]
-        for key in ("uv", "uv_label"):
-            sample[key] = transform(A[0], torch.tensor(sample[key])).numpy()
-        ok = np.isfinite(sample["joints"]).all(-1)
-        has = {"joints": ok.any(), "uv": np.isfinite(sample["uv"]).any(), "cameras": False}
-        has |= {key: np.isfinite(sample[key]).all() for key in ("K", "verts", "pose", "shape")}
-        flags = {"joints_ok": ok, "visible": sample.pop("visible")}
-        return {
-            **{key: torch.tensor(value, dtype=torch.float32) for key, value in sample.items()},
-            **{key: torch.tensor(value) for key, value in flags.items()},
-            "has": {key: bool(value) for key, value in has.items()}, "id": index.id(row),
-            "side": str(index.columns["side"][row]), "box_source": index.box_source}
-
-    def _square(self, box: np.ndarray | None, row: int, size: Sequence[int]) -> tuple:
-        """Middle (2,) px and side px of the crop of a picture `size` (width, height)."""
-        size = np.array(size)
-        if box is None or np.isnan(box[row]).any():
-            return (size - 1) / 2, float(size.min())
-        x, y, w, h = box[row].tolist()
-        side = max(self.margin * max(w, h), 2.0)
-        if max(side, abs(x) / 1000, abs(y) / 1000) > 16 * size.max():
-            raise UserError(f"{self.index.id(row)}: box {x, y, w, h} is far off the picture")
-        return np.array([x + w / 2, y + h / 2]) - 0.5, side              # edges to pixel centres
+        """The samples of `rows` (B,) without pictures, collated, on the CPU; with side_px (B,)."""
+        ...
 
 
-def _numbers(columns: dict[str, np.ndarray], row: int, size: tuple) -> dict[str, np.ndarray]:
-    """One row's numbers before cropping, NaN where unknown; size is (width, height)."""
-    def get(key: str, default: object) -> np.ndarray:
-        return np.array(columns[key][row] if key in columns else default, float)
+@runtime_checkable
+class Source(Targets, Protocol):
+    """Where samples come from: the one thing that scripts know of data; see sources/__init__.py.
 
-    shapes = {"K": (3, 3), "joints": (N_JOINTS, 3), "verts": (N_VERTS, 3), "uv": (N_JOINTS, 2),
-              "pose": (48,), "shape": (10,), "trans": (3,)}
-    sample = {key: get(key, np.full(dims, np.nan)) for key, dims in shapes.items()}
-    sample["uv_label"] = get("uv_label", sample["uv"])
-    known = np.isfinite(sample["uv_label"]).all(-1)
-    inside = ((sample["uv"] >= -0.5) & (sample["uv"] <= np.array(size) - 0.5)).all(-1)
-    return sample | {"confidence": np.where(known, get("confidence", known), 0),
-                     "visible": get("visible", inside).astype(bool),
-                     "scale": get("scale", 1), "size": np.array(size, float)}
-
-
-class Views(torch.utils.data.Dataset):
-    """Synchronised pictures as one sample: `Hands` with columns moment, camera, cameras -> (V, ...).
-
-    Slot v is the data set's v-th camera. A moment without that picture has a black one there, NaN
-    and False, and view_ok (V,) False; moments without any picture are not there. cameras (V, 4, 4)
-    is world to camera, in the data set's unit of length; left hands are mirrored with their cameras.
+    The methods with a body here are right for a data set that has no columns and no parts.
     """
 
-    def __init__(self, hands: Hands, views: int):
-        self.hands, self.box_source, columns = hands, hands.box_source, hands.index.columns
-        moments, row = np.unique(columns["moment"], return_inverse=True)
-        views = min(views, 1 + int(columns["camera"].max(initial=0)))
-        rows, keep = np.full((len(moments), views), -1), columns["camera"] < views
-        rows[row[keep], columns["camera"][keep]] = np.flatnonzero(keep)
-        self.rows = rows[(rows >= 0).any(1)]
+    name: str
+    box_source: str
+
+    def batches(self, plan: list[Tensor], device: torch.device, workers: int) -> Iterator[dict]:
+        """The samples of each (B,) int64 tensor of rows in `plan`, collated, on the device."""
+        ...
+
+    def columns(self, rows: Tensor) -> dict[str, np.ndarray]:
+        """The data set's own numbers at `rows` (B,) that a sample does not hold, {} where none."""
+        return {}
+
+    def parts(self) -> list[Source]:
+        """The sources that were joined, else the source alone."""
+        return [self]
+
+    def gives(self, key: str) -> bool:
+        """Whether the data set itself holds `key` (uv_label, cameras, ...) of one sample at least."""
+        ...
+
+
+def read_items(data: torch.utils.data.Dataset, plan: list[Tensor], device: torch.device,
+               workers: int) -> Iterator[dict]:
+    """`Source.batches` of a data set that reads sample by sample, in so many worker processes."""
+    loader = torch.utils.data.DataLoader(
+        data, batch_sampler=[rows.tolist() for rows in plan], collate_fn=collate,
+        num_workers=min(workers, len(plan)), pin_memory=device.type == "cuda")
+    stream = iter(loader)
+    for _ in plan:
+        try:
+            batch = next(stream)
+        except UserError as error:                     # a worker's comes wrapped in its traceback
+            last = str(error).strip().splitlines()[-1]
+            raise UserError(last.removeprefix("common.UserError: ")) from None
+        yield to_device(batch, device)
+
+
+def batches(data: Source, plan: list[Tensor], device: torch.device, workers: int
+            ) -> Iterator[dict]:
+    """Read the samples named by each (B,) tensor of `plan`, modulo len(data), in that order.
+
+    Each batch gets `index` (B,) as planned, from which every random draw of its views is computed.
+    """
+    rows = [index % len(data) for index in plan]
+    for index, batch in zip(plan, data.batches(rows, device, workers)):
+        yield batch | {"index": index.to(device)}
+
+
+class Pace(Protocol):
+    """The options that `training_steps` reads of any script's Config."""
+
+    batch_size: int
+    micro_batch: int
+    seed: int
+    workers: int
+
+
+def training_steps(data: Source, cfg: Pace, epoch: int, first: int, device: torch.device,
+                   order: Tensor | None = None) -> Iterator[tuple[int, list[dict]]]:
+    """(step within the epoch, this process's micro-batches), from step `first` on.
+
+    The order is permutation(n, seed, epoch), so a resumed epoch goes on with the same samples; or
+    `order`, int64. There and in `index`, i + k n is sample i for the k-th time: its views differ.
+    """
+    n = len(data)
+    steps = steps_per_epoch(n, cfg.batch_size)
+    need = steps * cfg.batch_size
+    if order is None:
+        order = permutation(n, cfg.seed, epoch)
+    again = n * (1 + int(order.max()) // n)
+    order = torch.cat([order + k * again for k in range(math.ceil(need / n))])[:need]
+    mine = share(cfg.batch_size, cfg.micro_batch)
+    micro = order.view(steps, -1, cfg.micro_batch)[first:, mine]
+    stream = batches(data, list(micro.flatten(0, 1)), device, cfg.workers)
+    for step in range(first, steps):
+        yield step, [next(stream) for _ in range(micro.shape[1])]
+
+
+# ---- Sources of sources ---------------------------------------------------------------------------
+
+
+class Rows(Source):
+    """Some rows of a source, (n,) int64, in ascending order."""
+
+    def __init__(self, data: Source, rows: Tensor):
+        self.data = data
+        self.rows = rows
+        self.name = data.name
+        self.box_source = data.box_source
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, moment: int) -> dict:
-        return self._stack(moment, self.hands.__getitem__)
+    def batches(self, plan: list[Tensor], device: torch.device, workers: int) -> Iterator[dict]:
+        """See `Source`."""
+        return self.data.batches([self.rows[rows] for rows in plan], device, workers)
 
-    def targets(self, moments: Tensor) -> dict:
-        """Samples without their pictures, collated; `side_px` (B,) is the side those would have."""
-        first = lambda row: {k: v[0] for k, v in self.hands.targets(torch.tensor([row])).items()
-                             if isinstance(v, Tensor)}
-        found = [self._stack(moment, first) for moment in moments.tolist()]
-        return collate(found) | {"side_px": torch.full((len(moments),), float(self.hands.size))}
+    def targets(self, rows: Tensor) -> dict:
+        """See `Source`."""
+        return self.data.targets(self.rows[rows])
 
-    def _stack(self, moment: int, read: Callable[[int], dict]) -> dict:
-        """One moment's samples on top of each other."""
-        rows, index = self.rows[moment].tolist(), self.hands.index
-        found = {v: read(row) for v, row in enumerate(rows) if row >= 0}
-        first, M = next(iter(found.values())), np.full((len(rows), 4, 4), np.nan)
-        blank = {key: torch.full_like(value, math.nan if value.is_floating_point() else 0)
-                 for key, value in first.items() if isinstance(value, Tensor)}
-        out = {key: torch.stack([found.get(v, blank)[key] for v in range(len(rows))]) for key in blank}
-        for v, row in enumerate(rows):
-            if row >= 0:
-                mirrored = index.columns["side"][row] == "left"
-                D = np.diag([-1.0, 1, 1, 1]) if mirrored else np.eye(4)
-                M[v] = D @ index.columns["cameras"][row] @ D
-        has = {key: any(one["has"][key] for one in found.values()) for key in first.get("has", ())}
-        row = max(rows)
-        return out | {"cameras": torch.tensor(M, dtype=torch.float32),
-                      "view_ok": torch.tensor([row >= 0 for row in rows]),
-                      "confidence": out["confidence"].nan_to_num(),
-                      "has": has | {"cameras": bool(np.isfinite(M).any())},
-                      "side": str(index.columns["side"][row]), "box_source": self.box_source,
-                      "id": str(index.columns["moment"][row])}
+    def columns(self, rows: Tensor) -> dict[str, np.ndarray]:
+        """See `Source`."""
+        return self.data.columns(self.rows[rows])
+
+    def gives(self, key: str) -> bool:
+        """See `Source`; of the whole source."""
+        return self.data.gives(key)
 
 
-class Rows(torch.utils.data.Dataset):
-    """Some rows of a data set, (n,) int64, in ascending order."""
+class Joined(Source):
+    """Several sources, one after the other.
 
-    def __init__(self, data: Any, rows: Tensor):
-        self.data, self.rows, self.box_source = data, rows, data.box_source
-        if hasattr(data, "batch"):
-            self.batch = lambda index, device: data.batch(rows[index], device)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, row: int) -> dict:
-        return self.data[int(self.rows[row])]
-
-    def targets(self, index: Tensor) -> dict[str, Tensor]:
-        """As the data set's own: labels without pictures."""
-        return self.data.targets(self.rows[index])
-
-
-class Joined(torch.utils.data.ConcatDataset):
-    """Several data sets, one after the other."""
+    It has no columns, since numbers of one data set mean nothing in another, and of what sources
+    give beyond the sample dictionary (the mask of rendered hands) only what all of them have.
+    """
 
     box_source = "each data set's own"
 
-    def targets(self, index: Tensor) -> dict[str, Tensor]:
-        """As the data sets' own: the numbers without pictures, in the order of `index`."""
-        starts = torch.tensor([0, *self.cumulative_sizes])
-        part = torch.bucketize(index, starts[1:], right=True)
-        order = part.argsort(stable=True)
-        found = [self.datasets[k].targets(index[part == k] - starts[k]) for k in part.unique().tolist()]
-        keys = set.intersection(*({k for k, v in one.items() if isinstance(v, Tensor)} for one in found))
-        return {key: torch.cat([one[key] for one in found])[order.argsort()] for key in sorted(keys)}
+    def __init__(self, sources: list[Source]):
+        self.sources = sources
+        self.name = ", ".join(source.name for source in sources)
+        self.starts = torch.tensor([0, *map(len, sources)]).cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def parts(self) -> list[Source]:
+        """See `Source`."""
+        return self.sources
+
+    def gives(self, key: str) -> bool:
+        """See `Source`; whether every part does."""
+        return all(source.gives(key) for source in self.sources)
+
+    def batches(self, plan: list[Tensor], device: torch.device, workers: int) -> Iterator[dict]:
+        """See `Source`; the worker processes are shared out to the parts."""
+        split = [self._split(rows) for rows in plan]
+        each = math.ceil(workers / len(self.sources))
+        streams = [source.batches([rows[k] for rows, _ in split if k in rows], device, each)
+                   for k, source in enumerate(self.sources)]
+        for rows, order in split:
+            found = [next(stream) for k, stream in enumerate(streams) if k in rows]
+            batch = _together(found, order)
+            batch.pop("mask", None)
+            yield batch
+
+    def targets(self, rows: Tensor) -> dict:
+        """See `Source`."""
+        own, order = self._split(rows)
+        return _together([self.sources[k].targets(at) for k, at in own.items()], order)
+
+    def _split(self, rows: Tensor) -> tuple[dict[int, Tensor], Tensor]:
+        """Rows (B,) as {part: its own rows}, and the order (B,) that undoes the sorting by part."""
+        part = torch.bucketize(rows, self.starts[1:], right=True)
+        own = {k: rows[part == k] - self.starts[k] for k in part.unique().tolist()}
+        return own, part.argsort(stable=True).argsort()
+
+
+def _together(found: list[dict], order: Tensor) -> dict:
+    """Collated samples one after the other, then taken in `order` (B,); keys that all of them have."""
+    out = {}
+    for key, first in found[0].items():
+        values = [one[key] for one in found if key in one]
+        if len(values) < len(found):
+            continue
+        if isinstance(first, dict):
+            out[key] = _together(values, order)
+        elif isinstance(first, Tensor):
+            out[key] = torch.cat(values)[order.to(first.device)]
+        else:
+            strings = [text for value in values for text in value]
+            out[key] = [strings[i] for i in order.tolist()]
+    return out

@@ -69,7 +69,7 @@ def check_images(paths: list[str], workers: int | None = None) -> np.ndarray:
         return np.fromiter(good, bool, len(paths))
 
 
-def _cut(picture: np.ndarray, middle: np.ndarray, side: float, size: int) -> np.ndarray:
+def cut_square(picture: np.ndarray, middle: np.ndarray, side: float, size: int) -> np.ndarray:
     """The square of `side` px around `middle` as (size, size, 3): one antialiased resize.
 
     The map is `crop`'s. The patch is wider by the filter's reach: its rim mixes with the true

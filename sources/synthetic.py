@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from hand.render import Light, rasterise, shade, vertex_normals, visible_joints
 from hand.scene import (
     ARM, OCCLUDER, arm_verts, boundary, occluder_verts, occlusion, painted, ramp, rotation_between,
     scenery, tube)
+from sources.loader import Source
 
 import numpy as np
 import torch
@@ -82,7 +84,7 @@ DOMAINS = {"A": Domain(),
 LENGTH = {"val": 1000, "test": 2000}
 
 
-class Synthetic:
+class Synthetic(Source):
     """Rendered hands with every label exact, in batches of DESIGN's sample dictionary; see `batch`.
 
     size px of the square image, `margin` x the box of the joints' pixels. `samples` is the length
@@ -147,10 +149,18 @@ class Synthetic:
         near = torch.cdist(verts, joints[[k for k in range(2, 21) if k % 4 != 1]]).amin(1)
         return torch.stack([(0.5 - 0.9 * up).clamp(0, 1), torch.exp(-(near / 0.009) ** 2)], 1)
 
-    def targets(self, index: Tensor) -> dict:
-        """Samples without their pictures, on the CPU; `side_px` (B,) is the side those have."""
-        out = self.batch(index, self.faces.device)
-        out["side_px"] = torch.full((len(index),), float(self.size))
+    def gives(self, key: str) -> bool:
+        """See `Source`; every label is exact, and noisy 2D labels are made too."""
+        return self.views > 1 if key == "cameras" else True
+
+    def batches(self, plan: list[Tensor], device: torch.device, workers: int) -> Iterator[dict]:
+        """See `Source`; `workers` have nothing to do."""
+        return (self.batch(rows, device) for rows in plan)
+
+    def targets(self, rows: Tensor) -> dict:
+        """See `Source`."""
+        out = self.batch(rows, self.faces.device)
+        out["side_px"] = torch.full((len(rows),), float(self.size))
         return to_device({key: value for key, value in out.items() if key != "image"}, "cpu")
 
     def batch(self, index: Tensor, device: torch.device | str = "cpu") -> dict:
@@ -164,7 +174,7 @@ class Synthetic:
         rows = self.rows(index)
         device = torch.device(device)
         if self.faces.device != device:
-            self._move(device)
+            self.move(device)
         if device.type == "cpu":
             blocks = sorted({row // BLOCK for row in rows})
             groups = [torch.arange(BLOCK * k, BLOCK * (k + 1)) for k in blocks]
@@ -173,7 +183,7 @@ class Synthetic:
         else:
             groups = index.to(device).split(64)
             take = slice(None)
-        parts = [self._block(group) for group in groups]
+        parts = [self.block(group) for group in groups]
         values = {key: torch.cat([part[key] for part in parts])[take] for key in parts[0]}
         return self.finish(values, rows)
 
@@ -194,14 +204,15 @@ class Synthetic:
                          "side": ["right"] * len(rows), "box_source": [self.box_source] * len(rows),
                          "id": [f"{self.name}-{row:06d}" for row in rows]}
 
-    def _move(self, device: torch.device) -> None:
+    def move(self, device: torch.device) -> None:
+        """Render on this device from now on."""
         self.mano.to(device)
         for name in ("faces", "loop", "skin", "backgrounds"):
             value = getattr(self, name)
             setattr(self, name, value if value is None else value.to(device))
 
     @torch.no_grad()
-    def _block(self, index: Tensor) -> dict[str, Tensor]:
+    def block(self, index: Tensor) -> dict[str, Tensor]:
         """Everything of samples `index` (B,) but the strings, each (B, V, ...)."""
         def each(x: Tensor) -> Tensor:
             return x.repeat_interleave(V, 0)                          # of samples, to their views
@@ -451,7 +462,7 @@ def _wallpapers(folder: Path, size: int) -> Tensor:
     return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).contiguous()
 
 
-class Cached:
+class Cached(Source):
     """A `Synthetic` rendered once on the CPU into a memory-mapped file; `.batch` gives those bits.
 
     The size is printed first. The file's name holds a hash of every parameter, the hand, the
@@ -463,6 +474,7 @@ class Cached:
 
     def __init__(self, source: Synthetic, folder: str | Path):
         self.source = source
+        self.name = source.name
         self.views = source.views
         self.box_source = source.box_source
         first = self._records(0)
@@ -484,7 +496,7 @@ class Cached:
 
     def _records(self, block: int) -> np.ndarray:
         """One aligned block as a structured array (16,), a field a key."""
-        values = self.source._block(torch.arange(BLOCK * block, BLOCK * (block + 1)))
+        values = self.source.block(torch.arange(BLOCK * block, BLOCK * (block + 1)))
         arrays = {key: value.contiguous().numpy() for key, value in values.items()}
         out = np.empty(BLOCK, [(key, x.dtype, x.shape[1:]) for key, x in arrays.items()])
         for key, x in arrays.items():
@@ -513,19 +525,21 @@ class Cached:
                 file.write(self._records(block)[:n - BLOCK * block].tobytes())
             os.replace(part, self.path)
 
-    def targets(self, index: Tensor) -> dict:
-        """As `batch` without the pictures; `side_px` (B,) is the side they have."""
-        found = self.file[self.source.rows(index)]
+    def gives(self, key: str) -> bool:
+        """See `Source`."""
+        return self.source.gives(key)
+
+    def batches(self, plan: list[Tensor], device: torch.device, workers: int) -> Iterator[dict]:
+        """See `Source`; `workers` have nothing to do."""
+        return (self.batch(rows, device) for rows in plan)
+
+    def targets(self, rows: Tensor) -> dict:
+        """See `Source`."""
+        found = self.file[self.source.rows(rows)]
         values = {key: torch.from_numpy(found[key].copy()) for key in found.dtype.names
                   if key != "image"}
-        return self.source.finish(values, index.tolist()) | {
-            "side_px": torch.full((len(index),), float(self.source.size))}
-
-    def __getitem__(self, row: int) -> dict:
-        """One sample, for data sets joined with others; without the mask, which those lack."""
-        batch = self.batch(torch.tensor([row]))
-        has = {key: value[0] for key, value in batch.pop("has").items()}
-        return {key: value[0] for key, value in batch.items() if key != "mask"} | {"has": has}
+        side = torch.full((len(rows),), float(self.source.size))
+        return self.source.finish(values, rows.tolist()) | {"side_px": side}
 
     def batch(self, index: Tensor, device: torch.device | str = "cpu") -> dict:
         """As `Synthetic.batch`, read back: the bits of its CPU rendering, whatever the device."""

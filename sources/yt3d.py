@@ -11,7 +11,8 @@ from pathlib import Path
 from common import (
     MANO_TO_OURS, MIDDLE_MCP, N_VERTS, TIPS, Mano, UserError, auc, epe, pa_mpjpe)
 from sources.index import (
-    Index, _cached, _drop_missing, _folder, _mano_stamp, _paths, _pictures, _stamp, tight_box)
+    DataSet, Index, Joints, cached, data_folder, drop_missing, hand_stamp, path_column,
+    pictures_below, stamp, tight_box)
 
 import numpy as np
 import torch
@@ -35,14 +36,14 @@ def index_yt3d(root: str | Path, split: str = "train", mano: dict | None = None,
     Boxes are tight around the vertices. Frames may be .png or .jpg; hands without their frame are
     left out and counted, videos of which nothing is there are named. UserError: no or foreign file.
     """
-    root, name = _folder(root, "yt3d"), f"youtube_{split}.json"
+    root, name = data_folder(root, "yt3d"), f"youtube_{split}.json"
     home = next((place for place in (root / "data", root) if (place / name).is_file()), None)
     if home is None:
         raise UserError(f"yt3d: {name} is neither in {root} nor in {root / 'data'}")
-    frames = [f"youtube/{frame}" for frame in _pictures(home / "youtube")]
-    key = ("yt3d", os.path.realpath(home), name, _stamp(home, [name, *frames]), _mano_stamp(mano))
-    index = _cached(cache, key, lambda: _index_yt3d(home, split, set(frames), mano))
-    return _drop_missing(index)
+    frames = [f"youtube/{frame}" for frame in pictures_below(home / "youtube")]
+    key = ("yt3d", os.path.realpath(home), name, stamp(home, [name, *frames]), hand_stamp(mano))
+    index = cached(cache, key, lambda: _index_yt3d(home, split, set(frames), mano))
+    return drop_missing(index)
 
 
 def _compact(entry: dict) -> dict:
@@ -92,7 +93,7 @@ def _index_yt3d(home: Path, split: str, frames: set[str], mano: dict | None) -> 
     numbers = {"uv": joints[..., :2], "box": tight_box(px[..., :2]), "verts_px": px,
                "joints_px": joints, "frame_scale": scale}
     index = Index(f"yt3d {split}", str(home), {
-        "paths": _paths(paths), "side": side, "id": ids["id"].astype(str), "image_id": ids["image_id"],
+        "paths": path_column(paths), "side": side, "id": ids["id"].astype(str), "image_id": ids["image_id"],
         **{key: value.astype(np.float32) for key, value in numbers.items()}}, "joints")
     index.notes = _yt3d_notes(paths, frames, scale, "right" in (mano or {}))
     unreadable = np.isnan(scale).any(1)
@@ -112,6 +113,10 @@ def _yt3d_notes(paths: list[str], frames: set[str], scale: np.ndarray, known: bo
     if not known:
         notes.append("only the finger tips are known: the other joints need the MANO file's regressor")
     return notes
+
+
+# Only a mesh is annotated; its joints are regressed, as `index_yt3d` does.
+YT3D = DataSet(index_yt3d, joints=Joints("smplx", regressed=True))
 
 
 # ---- Official protocol ----------------------------------------------------------------------------

@@ -26,10 +26,10 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 # common before torch: it settles how threads wait
-from common import (
-    Mano, auc, axis_angle_to_matrix, mpjpe, normalise, pa_mpjpe, score, training_steps, uniform)
+from common import Mano, auc, axis_angle_to_matrix, mpjpe, normalise, pa_mpjpe, score, uniform
 from hand.builtin import builtin_hand
 from hand.official import MANO_SHAPES, load_mano
+from sources import training_steps
 from sources.synthetic import Cached, Synthetic
 import eval as judge
 import hamuco

@@ -14,15 +14,17 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import common
-from sources import open_data
+import sources
+from sources import Source, open_data, training_steps
 from sources.judging import evaluate
+from sources.loader import read_items
 import hamuco
 import handmim
 import peclr
 import ti_net
 from common import (
     Log, UserError, load_checkpoint, open_out, parse, save_checkpoint, settle, share,
-    steps_per_epoch, training_steps)
+    steps_per_epoch)
 from sources.judging import table, write_results
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +50,9 @@ def test_defaults_match_the_paper_or_say_why(script):
 
 def test_samples_taken_again_get_numbers_of_their_own():
     """Five samples, a batch of eight: three come twice, and a second view of one must not equal its first."""
-    class Numbers(torch.utils.data.Dataset):
+    class Numbers(Source):
+        batches = read_items
+
         def __len__(self):
             return 5
 
@@ -296,8 +300,10 @@ def test_a_wrapped_network_is_unwrapped(tmp_path):
 # ---- Batches
 
 
-class Numbers(torch.utils.data.Dataset):
+class Numbers(Source):
     """Sample i is the number i."""
+
+    batches = read_items
 
     def __init__(self, n):
         self.n = n
@@ -340,7 +346,7 @@ def test_synthetic_hands_and_a_folder_make_one_data_set(tmp_path):
     both = open_data(cfg, ("synthetic:calm", f"folder={tmp_path / 'photos'}"), "train", 32, 1.7,
                             torch.device("cpu"))
     assert len(both) == 8
-    batch = next(common.batches(both, [torch.tensor([6, 1, 7])], torch.device("cpu"), 0))
+    batch = next(sources.batches(both, [torch.tensor([6, 1, 7])], torch.device("cpu"), 0))
     assert batch["has"]["pose"].tolist() == [False, True, False] and batch["image"].shape == (3, 3, 32, 32)
     found = both.targets(torch.tensor([6, 1]))
     assert found["joints"][0].isnan().all() and torch.equal(found["joints"][1], batch["joints"][1])

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import default_collate as collate
 
 import common
 from hand import hand_mark
-from sources import coco, dexycb, hanco, ho3d, interhand
+import sources
+from sources import Source, coco, dexycb, hanco, ho3d, interhand
 from sources.ho3d import index_ho3d
 from sources.index import Index
 from sources.interhand import INTERHAND_TO_OURS
-from sources.loader import Hands
+from sources.hands import Hands
 from sources.pictures import _hand_detector
+from sources.loader import read_items
 from sources.pictures import detect_hands
 from sources.synthetic import Synthetic
 import eval as judge
@@ -241,7 +244,7 @@ def test_ho3d_is_judged_and_submitted_in_its_order_and_axes(here):
         xyz, verts = map(np.array, json.loads(archive.read("pred.json")))
     assert xyz.shape == (9, 21, 3) and verts.shape == (9, 778, 3) and (xyz[..., 2] < 0).all()
     model, _ = judge.load("run")
-    batch = next(common.batches(Hands(index_ho3d("d", "test"), peclr.stored_side(peclr.Config(**TINY)),
+    batch = next(sources.batches(Hands(index_ho3d("d", "test"), peclr.stored_side(peclr.Config(**TINY)),
                                              peclr.MARGIN), [torch.arange(9)], torch.device("cpu"), 0))
     with torch.no_grad():
         ours = model.eval().predict({key: batch[key] for key in model.USES})["joints"].numpy()
@@ -269,7 +272,7 @@ def test_freihand_is_judged_by_three_protocols(here, monkeypatch, capsys):
     judge.main(["run", "--data", "freihand=d", "--out", "blind", *HERE])
     assert len(results(here / "blind" / "metrics.json", "freihand")["rows"]["ti_net"]) == 4
     assert "mesh, pose and shape are left out: they are MANO's" in capsys.readouterr().out
-    monkeypatch.setattr("sources._both_hands", lambda mano: {"right": builtin_hand()})
+    monkeypatch.setattr("sources.both_hands", lambda mano: {"right": builtin_hand()})
     judge.main(["run", "--data", "freihand=d", *HERE])
     said = capsys.readouterr().out
     assert "9 samples scored, 0 without truth; boxes from" in said and "the network sees image" in said
@@ -322,9 +325,11 @@ def test_a_submission_needs_a_server_and_one_run(here):
 # ---- Several views, several outputs ----
 
 
-class Moments(torch.utils.data.Dataset):
+class Moments(Source):
     """Five moments of three views, the last view missing in the first moment."""
 
+    batches = read_items
+    name = "moments"
     box_source = "joints"
 
     def __init__(self):
@@ -342,7 +347,7 @@ class Moments(torch.utils.data.Dataset):
 
 def test_moments_become_pictures_without_truth_where_a_view_is_missing():
     data = Moments()
-    batch = common.collate([data[0], data[1]]) | {"index": torch.tensor([3, 4])}
+    batch = collate([data[0], data[1]]) | {"index": torch.tensor([3, 4])}
     flat = judge.as_pictures(batch)
     assert flat["index"].tolist() == [9, 10, 11, 12, 13, 14] and flat["side"] == ["right"] * 6
     assert flat["image"].shape[:2] == (6, 3) and torch.equal(flat["uv"][4], batch["uv"][1, 1])

@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 
 import common
+import sources
 from hand.builtin import builtin_hand
 from sources import open_data
 from sources.freihand import index_freihand
 from sources.index import Index
 from sources.index import hand_labels
-from sources.loader import Hands
-from sources.loader import Views
+from sources.hands import Hands
+from sources.hands import Views
 from sources.pictures import _hand_detector
 from sources.synthetic import LENGTH
 from sources.synthetic import Synthetic
@@ -180,7 +181,7 @@ def test_decoder_poses_the_hand_with_its_mean(g):
     params = dict(builtin_hand())
     params["hands_mean"] = 0.1 * np.sin(np.arange(45.0))
     model = HaMuCo(Config(**TINY | dict(data=("hanco",))))
-    model.mano = common.Mano(params, "graphormer", EXACT)
+    model.mano = common.Mano(params, "graphormer", EXACT, regressed=True)
     numbers = torch.randn(2, 109, dtype=EXACT)
     hand = model.decode(numbers)
     aa = matrix_to_axis_angle(six_d_to_matrix(numbers[:, :96].unflatten(1, (16, 6)))).numpy()
@@ -951,7 +952,7 @@ def test_hanco_moments_keep_their_cameras_when_a_picture_is_missing(g, tmp_path)
     cfg = Config(data=("hanco",), root=str(tmp_path), cache=str(tmp_path / "cache"), mano="builtin")
     data = open_data(cfg, cfg.data, "train", 64, 2.2, torch.device("cpu"), rig=Rig(8))
     assert len(data) == 2 and data[0]["view_ok"].tolist() == [True, True, False, True, True, False, True, True]
-    batch = next(common.batches(data, [torch.tensor([1, 0])], torch.device("cpu"), 0))
+    batch = next(sources.batches(data, [torch.tensor([1, 0])], torch.device("cpu"), 0))
     assert batch["image"].shape == (2, 8, 3, 64, 64) and batch["cameras"].shape == (2, 8, 4, 4)
     near(batch["cameras"][0].double(), g("tri/M_w2c"), 1e-6)
     assert batch["image"][1, 2].max() == 0 and batch["joints"][1, 2].isnan().all()
@@ -1049,7 +1050,7 @@ def open_tree(root, split="all", views=2):
 def test_any_rig_triangulates_its_undistorted_labels(tmp_path, unit):
     X = rig_tree(tmp_path, unit)
     data = open_tree(tmp_path)
-    batch = next(common.batches(data, [torch.arange(4)], torch.device("cpu"), 0))
+    batch = next(sources.batches(data, [torch.arange(4)], torch.device("cpu"), 0))
     uv = batch["uv_label"].transpose(1, 2)
     found = triangulate(uv, projections(batch["K"], batch["cameras"])[:, None])
     near(found, torch.tensor(X[:4] * (unit or 1)), 1e-4)
@@ -1068,7 +1069,7 @@ def test_rig_splits_in_time_and_cameras_may_move(tmp_path):
 
 def test_left_hands_are_mirrored_with_their_cameras(tmp_path):
     X = rig_tree(tmp_path, side="left")
-    batch = next(common.batches(open_tree(tmp_path), [torch.arange(2)], torch.device("cpu"), 0))
+    batch = next(sources.batches(open_tree(tmp_path), [torch.arange(2)], torch.device("cpu"), 0))
     found = triangulate(batch["uv_label"].transpose(1, 2), projections(batch["K"], batch["cameras"])[:, None])
     near(found, torch.tensor(X[:2] * [-1, 1, 1]), 1e-4)
     near(batch["cameras"][..., :3, :3].det(), torch.ones(2, 2), 1e-5)

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 import peclr
-from common import load_backbone, rotation, training_steps, translation
-from sources import open_data
+from common import load_backbone, rotation, translation
+from sources import Source, open_data, training_steps
+from sources.loader import read_items
 from sources.synthetic import Synthetic
 from peclr import (BEST, CONVENTIONS, RELEASED, Config, HandNet, Lars, PeCLR, View, cut_out, draw_view,
                    hand_circle, hand_view, jitter_hsv, lift, load_released, lr_at, make_views, mixed_order,
@@ -398,7 +399,9 @@ def test_mixing_draws_every_source_equally_often_and_no_view_twice():
     assert torch.bincount(rows)[:30].max() == 1
     assert not torch.equal(order, mixed_order([30, 7], 0, 2)) and not (rows[:19] < 30).all()
 
-    class Numbers(torch.utils.data.Dataset):
+    class Numbers(Source):
+        batches = read_items
+
         def __len__(self):
             return 37
 

@@ -4,7 +4,7 @@ FAULTS = [
     ("sources/interhand.py", "INTERHAND_TO_OURS = (20, 3, 2, 1, 0,", "INTERHAND_TO_OURS = (20, 0, 1, 2, 3,", "sources/test_data.py", "interhand"),
     ("sources/interhand.py", 'joints = np.einsum("nij,nkj->nki", column["R"], joints) / 1000', 'joints = np.einsum("nij,nkj->nki", column["R"], joints) / 100',
      "sources/test_data.py", "interhand"),
-    ("sources/loader.py", 'M[v] = D @ index.columns["cameras"][row] @ D',
+    ("sources/hands.py", 'M[v] = D @ index.columns["cameras"][row] @ D',
      'M[v] = index.columns["cameras"][row]', "test_hamuco.py", "left_hands_are_mirrored"),
     ("sources/judging.py", '"joints": mean(t["joints"] - t["joints"][:, :1]),', '"joints": mean(t["joints"]),', "test_common_metrics.py", "mean_hand_is_rooted"),
 ]

@@ -13,7 +13,7 @@ from sources.dexycb import dexycb_split, index_dexycb
 from sources.folder import index_folder, index_imagenet
 from sources.index import Index, unmirror
 from sources.interhand import index_interhand
-from sources.loader import Hands
+from sources.hands import Hands
 from sources.pictures import check_images, read_image
 from torch.utils.data import default_collate as collate
 from hand.builtin import builtin_hand

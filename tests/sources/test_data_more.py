@@ -10,11 +10,11 @@ from PIL import Image
 
 from common import TIPS, UserError, axis_angle_to_matrix, mano_numpy
 from hand.builtin import builtin_hand
-from sources import DATASET_TIPS, parse_data, read_index
+from sources import joints_of, parse_data, read_index
 from sources.coco import index_coco
 from sources.freihand import freihand_split, index_freihand
 from sources.ho3d import index_ho3d
-from sources.loader import Hands
+from sources.hands import Hands
 from sources.yt3d import index_yt3d
 from torch.utils.data import default_collate as collate
 
@@ -215,7 +215,7 @@ def test_freihand_refuses_other_files_in_one_sentence(tmp_path):
 def test_freihand_cache_notices_other_annotations(tmp_path, monkeypatch):
     write_freihand(tmp_path)
     fresh = index_freihand(tmp_path, part="gs", cache=tmp_path / "cache")
-    monkeypatch.setattr("sources.freihand._json_numbers", lambda *_: pytest.fail("was read again"))
+    monkeypatch.setattr("sources.freihand.json_numbers", lambda *_: pytest.fail("was read again"))
     again = index_freihand(tmp_path, "train", "all", cache=tmp_path / "cache")   # one file, every part
     assert np.array_equal(again.columns["joints"][3:6], fresh.columns["joints"])
     assert again.box_source == "joints" and len(again) == 12
@@ -611,6 +611,6 @@ def test_data_sets_are_read_by_name(tmp_path):
 
 
 def test_tips_are_each_data_sets_own():
-    tips = {name: TIPS[DATASET_TIPS.get(name, "smplx")] for name in ("freihand", "yt3d", "ho3d")}
+    tips = {name: TIPS[joints_of(name).tips] for name in ("freihand", "yt3d", "ho3d")}
     assert tips == {"freihand": (744, 320, 443, 555, 672), "yt3d": (744, 320, 443, 554, 671),
                     "ho3d": (744, 333, 444, 555, 672)}

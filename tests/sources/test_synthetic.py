@@ -226,8 +226,8 @@ def test_a_killed_cache_goes_on_where_it_stopped(tmp_path):
     part = whole.path.with_suffix(".part")
     part.write_bytes(content[:len(content) // 2 + 777])        # two blocks and a piece of the third
     whole.path.unlink()
-    drawn, plain = [], data._block
-    data._block = lambda index: drawn.append(int(index[0])) or plain(index)
+    drawn, plain = [], data.block
+    data.block = lambda index: drawn.append(int(index[0])) or plain(index)
     assert Cached(data, tmp_path).path.read_bytes() == content and not part.exists()
     assert drawn == [0, 32, 48]                                 # 0: the block that names the file
 

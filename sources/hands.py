@@ -1,0 +1,201 @@
+"""The rows of an index as samples: one hand, or one moment seen by several cameras."""
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+# common before torch: it settles how threads wait
+from common import N_JOINTS, N_VERTS, UserError, crop, flip, mirror_pose, transform
+from sources.index import MIRROR, SAMPLE_COLUMNS, Index
+from sources.loader import Source, read_items
+from sources.pictures import cut_square, read_image, undistort_picture
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import default_collate as collate
+
+
+class Hands(Source):
+    """The one loader: an Index, crops `size` px wide of `margin` x the box -> sample dictionaries.
+
+    Without a box the crop is the centre square, whatever the margin. Left hands are mirrored to
+    right; `side` tells. Numbers are float32; confidence is 1 and visible is "inside the picture"
+    where the data set says nothing. A picture that breaks after the index was checked is named on
+    stderr and gives a black image with every `has` False: batches and resumed runs stay the same.
+    """
+
+    def __init__(self, index: Index, size: int, margin: float):
+        self.index = index
+        self.size = size
+        self.margin = margin
+        self.name = index.name
+        self.box_source = index.box_source
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def batches(self, plan: list[Tensor], device: torch.device, workers: int) -> Iterator[dict]:
+        """See `Source`."""
+        return read_items(self, plan, device, workers)
+
+    def columns(self, rows: Tensor) -> dict[str, np.ndarray]:
+        """See `Source`; what is not part of a sample, see `Index`."""
+        at = rows.cpu().numpy()
+        return {key: column[at] for key, column in self.index.columns.items()
+                if key not in SAMPLE_COLUMNS}
+
+    def gives(self, key: str) -> bool:
+        """See `Source`."""
+        column = self.index.columns.get(key, np.empty(0))
+        return bool(np.isfinite(column).any() if column.dtype.kind == "f" else len(column))
+
+    def __getitem__(self, row: int) -> dict:
+        index, path = self.index, Path(self.index.root, self.index.path(row))
+        try:
+            picture, columns = read_image(path), index.columns
+        except UserError as error:
+            if not path.exists():
+                raise
+            print(f"{error}; it becomes a black image without labels", file=sys.stderr)
+            picture, columns = np.zeros((self.size, self.size, 3), np.uint8), {}
+        if "dist" in columns:
+            picture = undistort_picture(picture, columns["K"][row], columns["dist"][row])
+        middle, side = self._square(columns.get("box"), row, picture.shape[1::-1])
+        image = cut_square(picture, middle, side, self.size)
+        image = image[:, ::-1] if index.columns["side"][row] == "left" else image
+        return {"image": torch.from_numpy(image.transpose(2, 0, 1).copy()),
+                **self._labels(columns, row, picture.shape[1::-1], middle, side)}
+
+    def targets(self, rows: Tensor) -> dict:
+        """See `Source`; side_px is the side that the pictures would have."""
+        found = []
+        for row in rows.tolist():
+            box, size = self.index.columns.get("box"), (self.size, self.size)
+            if box is None or np.isnan(box[row]).any():
+                with Image.open(Path(self.index.root, self.index.path(row))) as picture:
+                    size = ImageOps.exif_transpose(picture).size
+            found.append(self._labels(self.index.columns, row, size, *self._square(box, row, size)))
+        return collate(found) | {"side_px": torch.full((len(rows),), float(self.size))}
+
+    def _labels(self, columns: dict[str, np.ndarray], row: int, size: tuple[int, int],
+                middle: np.ndarray, side: float) -> dict:
+        """All of a sample but its picture, which is `size` (width, height), cut at `middle`."""
+        index, sample = self.index, _numbers(columns, row, size)
+        A = crop(torch.tensor(middle)[None], torch.tensor([side]).double(), self.size)
+        if index.columns["side"][row] == "left":
+            A = flip(torch.ones(1).double(), self.size) @ A
+            sample |= {key: sample[key] @ MIRROR for key in ("K", "joints", "verts", "trans")}
+            sample["pose"] = mirror_pose(torch.tensor(sample["pose"])).numpy()
+        sample["crop"] = A[0].numpy()                              # picture px -> image px
+        sample["K"] = sample["crop"] @ sample["K"]
+        for key in ("uv", "uv_label"):
+            sample[key] = transform(A[0], torch.tensor(sample[key])).numpy()
+        ok = np.isfinite(sample["joints"]).all(-1)
+        has = {"joints": ok.any(), "uv": np.isfinite(sample["uv"]).any(), "cameras": False}
+        has |= {key: np.isfinite(sample[key]).all() for key in ("K", "verts", "pose", "shape")}
+        flags = {"joints_ok": ok, "visible": sample.pop("visible")}
+        return {
+            **{key: torch.tensor(value, dtype=torch.float32) for key, value in sample.items()},
+            **{key: torch.tensor(value) for key, value in flags.items()},
+            "has": {key: bool(value) for key, value in has.items()}, "id": index.id(row),
+            "side": str(index.columns["side"][row]), "box_source": index.box_source}
+
+    def _square(self, box: np.ndarray | None, row: int, size: Sequence[int]) -> tuple:
+        """Middle (2,) px and side px of the crop of a picture `size` (width, height)."""
+        size = np.array(size)
+        if box is None or np.isnan(box[row]).any():
+            return (size - 1) / 2, float(size.min())
+        x, y, w, h = box[row].tolist()
+        side = max(self.margin * max(w, h), 2.0)
+        if max(side, abs(x) / 1000, abs(y) / 1000) > 16 * size.max():
+            raise UserError(f"{self.index.id(row)}: box {x, y, w, h} is far off the picture")
+        return np.array([x + w / 2, y + h / 2]) - 0.5, side              # edges to pixel centres
+
+
+def _numbers(columns: dict[str, np.ndarray], row: int, size: tuple) -> dict[str, np.ndarray]:
+    """One row's numbers before cropping, NaN where unknown; size is (width, height)."""
+    def get(key: str, default: object) -> np.ndarray:
+        return np.array(columns[key][row] if key in columns else default, float)
+
+    shapes = {"K": (3, 3), "joints": (N_JOINTS, 3), "verts": (N_VERTS, 3), "uv": (N_JOINTS, 2),
+              "pose": (48,), "shape": (10,), "trans": (3,)}
+    sample = {key: get(key, np.full(dims, np.nan)) for key, dims in shapes.items()}
+    sample["uv_label"] = get("uv_label", sample["uv"])
+    known = np.isfinite(sample["uv_label"]).all(-1)
+    inside = ((sample["uv"] >= -0.5) & (sample["uv"] <= np.array(size) - 0.5)).all(-1)
+    return sample | {"confidence": np.where(known, get("confidence", known), 0),
+                     "visible": get("visible", inside).astype(bool),
+                     "scale": get("scale", 1), "size": np.array(size, float)}
+
+
+class Views(Source):
+    """Synchronised pictures as one sample: `Hands` with columns moment, camera, cameras -> (V, ...).
+
+    Slot v is the data set's v-th camera. A moment without that picture has a black one there, NaN
+    and False, and view_ok (V,) False; moments without any picture are not there. cameras (V, 4, 4)
+    is world to camera, in the data set's unit of length; left hands are mirrored with their cameras.
+    """
+
+    def __init__(self, hands: Hands, views: int):
+        self.hands = hands
+        self.name = hands.name
+        self.box_source = hands.box_source
+        columns = hands.index.columns
+        moments, row = np.unique(columns["moment"], return_inverse=True)
+        views = min(views, 1 + int(columns["camera"].max(initial=0)))
+        keep = columns["camera"] < views
+        rows = np.full((len(moments), views), -1)
+        rows[row[keep], columns["camera"][keep]] = np.flatnonzero(keep)
+        self.rows = rows[(rows >= 0).any(1)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, plan: list[Tensor], device: torch.device, workers: int) -> Iterator[dict]:
+        """See `Source`."""
+        return read_items(self, plan, device, workers)
+
+    def gives(self, key: str) -> bool:
+        """See `Source`."""
+        return self.hands.gives(key)
+
+    def __getitem__(self, moment: int) -> dict:
+        return self._stack(moment, self.hands.__getitem__)
+
+    def targets(self, rows: Tensor) -> dict:
+        """See `Source`."""
+        def first(row: int) -> dict:
+            one = self.hands.targets(torch.tensor([row]))
+            return {key: value[0] for key, value in one.items() if isinstance(value, Tensor)}
+
+        found = [self._stack(moment, first) for moment in rows.tolist()]
+        return collate(found) | {"side_px": torch.full((len(rows),), float(self.hands.size))}
+
+    def _stack(self, moment: int, read: Callable[[int], dict]) -> dict:
+        """One moment's samples on top of each other."""
+        rows = self.rows[moment].tolist()
+        index = self.hands.index
+        found = {v: read(row) for v, row in enumerate(rows) if row >= 0}
+        first = next(iter(found.values()))
+        blank = {key: torch.full_like(value, math.nan if value.is_floating_point() else 0)
+                 for key, value in first.items() if isinstance(value, Tensor)}
+        out = {key: torch.stack([found.get(v, blank)[key] for v in range(len(rows))])
+               for key in blank}
+        M = np.full((len(rows), 4, 4), np.nan)
+        for v, row in enumerate(rows):
+            if row >= 0:
+                mirrored = index.columns["side"][row] == "left"
+                D = np.diag([-1.0, 1, 1, 1]) if mirrored else np.eye(4)
+                M[v] = D @ index.columns["cameras"][row] @ D
+        has = {key: any(one["has"][key] for one in found.values()) for key in first.get("has", ())}
+        row = max(rows)
+        return out | {"cameras": torch.tensor(M, dtype=torch.float32),
+                      "view_ok": torch.tensor([row >= 0 for row in rows]),
+                      "confidence": out["confidence"].nan_to_num(),
+                      "has": has | {"cameras": bool(np.isfinite(M).any())},
+                      "side": str(index.columns["side"][row]), "box_source": self.box_source,
+                      "id": str(index.columns["moment"][row])}
