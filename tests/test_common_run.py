@@ -253,6 +253,49 @@ def test_a_resumed_run_goes_on_from_its_checkpoint_and_cuts_its_log(tmp_path):
     assert steps == [None, 1, 2]
 
 
+def test_a_resumed_run_has_its_optimiser_back(tmp_path):
+    def begin():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        return common.Run(tmp_path, "ti_net", ti_net.Config(), model, optimizer, total=20), model, optimizer
+
+    def step(run, model, optimizer, k):
+        model.zero_grad()
+        model(torch.tensor([[1.0, k]])).square().sum().backward()
+        optimizer.step()
+        run.advance({"loss": torch.tensor(1.0)}, 0, 0.1, may_save=False)
+
+    run, model, optimizer = begin()
+    for k in range(5):
+        step(run, model, optimizer, k)
+        if k == 2:
+            run.save()
+    again, copy, optimizer = begin()
+    for k in range(3, 5):
+        step(again, copy, optimizer, k)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), copy.parameters()))
+
+
+def test_a_run_cannot_go_on_with_another_batch_size(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    begin = lambda **more: common.Run(tmp_path, "ti_net", ti_net.Config(**more), model, torch.optim.AdamW(model.parameters()), 20)
+    begin(batch_size=68).save()
+    with pytest.raises(UserError, match="was written with batch_size 68, not 34; a resumed run cannot change it"):
+        begin(batch_size=34)
+
+
+def test_a_resumed_command_remembers_its_flags_and_those_given_now_win(tmp_path):
+    common.remember(tmp_path, {"out": str(tmp_path), "resume": False, "data": ("a", "b"), "epochs": 3})
+    assert json.loads((tmp_path / "flags.json").read_text()) == {"data": ["a", "b"], "epochs": 3}
+    now = {"out": str(tmp_path), "resume": True, "epochs": 5}
+    assert common.recall(now) == now | {"data": ("a", "b")}
+    assert common.recall(now | {"resume": False}) == now | {"resume": False}
+    (tmp_path / "flags.json").write_text("{")
+    with pytest.raises(UserError, match="flags.json: is damaged"):
+        common.recall(now)
+
+
 def test_a_lost_loss_stops_the_run_in_a_sentence(tmp_path):
     model = torch.nn.Linear(2, 2)
     run = common.Run(tmp_path, "ti_net", ti_net.Config(), model, torch.optim.AdamW(model.parameters()), 20)
@@ -285,13 +328,16 @@ def test_weights_decay_and_biases_and_norms_do_not():
     assert groups == {0.05: {(2, 1, 3, 3), (3, 2)}, 0.0: {(2,)}}
 
 
-def test_a_wrapped_network_is_unwrapped(tmp_path):
+def test_a_wrapped_network_is_unwrapped_and_synchronised_once_a_step(tmp_path):
     net = torch.nn.Linear(2, 2)
     compiled = torch.compile(net)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         for wrapped in (net, compiled, DistributedDataParallel(net), DistributedDataParallel(compiled)):
             assert common.unwrapped(wrapped) is net
+            for last in (False, True):                   # gradients cross processes at the last micro-batch only
+                with common.accumulate(wrapped, last):
+                    assert getattr(wrapped, "require_backward_grad_sync", last) == last
     finally:
         del wrapped
         torch.distributed.destroy_process_group()

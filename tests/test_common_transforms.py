@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from common import (
-    bits, centre, crop, flip, invert, normal, permutation, rotate_z, rotation, scale,
-    transform, translation, uniform, warp)
+    bits, centre, crop, flip, invert, normal, permutation, project, rotate_z, rotation, scale,
+    transform, translation, uniform, view_intrinsics, warp)
+
 
 def points(*xy):
     return torch.tensor([xy], dtype=torch.float64)
@@ -103,6 +104,22 @@ def test_intrinsics_move_with_the_picture():
     A = crop(points((300, 200))[0], torch.tensor([180.0], dtype=torch.float64), 224)[0]
     project = lambda K: (joints @ K.T)[:, :2] / (joints @ K.T)[:, 2:]
     assert torch.allclose(project(A @ K), transform(A, project(K)))
+
+
+def test_points_are_seen_where_the_pinhole_puts_them():
+    """f X / Z + c with two focal lengths: 500 x 0.1 / 0.5 + 320 and 400 x -0.2 / 0.5 + 240."""
+    K = torch.tensor([[500.0, 0, 320], [0, 400, 240], [0, 0, 1]])
+    assert project(torch.tensor([[0.1, -0.2, 0.5]]), K).tolist() == [[420.0, 80.0]]
+    twice = project(torch.tensor([[[0.1, -0.2, 0.5]], [[0.0, 0.0, 1.0]]]), torch.stack([K, 2 * K]))
+    assert twice.tolist() == [[[420.0, 80.0]], [[640.0, 480.0]]]
+
+
+def test_an_unknown_camera_has_the_diagonal_as_its_focal_length():
+    K = torch.tensor([[500.0, 0, 20], [0, 500, 24], [0, 0, 1]]).repeat(2, 1, 1)
+    K[1, 0, 2] = math.nan
+    found = view_intrinsics({"image": torch.zeros(2, 3, 48, 48), "K": K})
+    assert torch.equal(found[0], K[0])
+    assert torch.allclose(found[1], torch.tensor([[67.8822510, 0, 23.5], [0, 67.8822510, 23.5], [0, 0, 1]]))
 
 
 def reference_bits(index, column, seed, crc, epoch, view):
