@@ -1,9 +1,11 @@
 """Back-bones: names of torchvision and timm, strides, and loading weights from any checkpoint."""
+import argparse
+
 import pytest
 import torch
 import torchvision
 
-from common import UserError, build_backbone, denormalise, load_backbone, normalise
+from common import UserError, ViT, build_backbone, denormalise, load_backbone, normalise
 
 RESNETS = {"resnet18": "resnet18", "resnet34": "resnet34", "resnet50": "resnet50",
            "resnet152": "resnet152"}
@@ -88,6 +90,32 @@ def test_classifier_is_ignored_and_named(tmp_path):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "w.pt")
     said = load_backbone(build_backbone("resnet18", 64), tmp_path / "w.pt")
     assert "ignored 2: fc.bias, fc.weight" in said
+
+
+def test_checkpoints_of_dino_ibot_mae_and_timm_load(tmp_path):
+    torch.manual_seed(0)
+    make = lambda: ViT(32, 8, 16, 2, 2)
+    teacher, student, net = make().state_dict(), make().state_dict(), make()
+    head = {"head.mlp.0.weight": torch.zeros(3, 3)}
+    prefixed = lambda state, prefix: {prefix + k: v for k, v in state.items()}
+    files = {
+        "timm": teacher | {"head.weight": torch.zeros(3, 16)},
+        "dino": {"student": prefixed(student, "module.backbone.") | head, "teacher": prefixed(teacher, "backbone."),
+                 "args": argparse.Namespace(lr=1.0), "epoch": 3},
+        "ibot": {"state_dict": teacher | {"masked_embed": torch.zeros(1, 16)}},
+        "mae": {"model": teacher | {"mask_token": torch.zeros(1, 1, 4), "decoder_embed.weight": torch.zeros(4, 16)}},
+        "ours": {"model": prefixed(student, "student.backbone.") | prefixed(teacher, "teacher.backbone.")}}
+    for name, content in files.items():
+        torch.save(content, tmp_path / f"{name}.pt")
+        for p in net.parameters():
+            torch.nn.init.zeros_(p)
+        load_backbone(net, tmp_path / f"{name}.pt")
+        assert all(torch.equal(v, teacher[k]) for k, v in net.state_dict().items()), name
+    for _, change in (("no-norm", {k: v for k, v in teacher.items() if not k.startswith("norm.")}),
+                         ("distilled", teacher | {"pos_embed": torch.zeros(1, 18, 16)})):
+        torch.save({"model": change}, tmp_path / "x.pt")
+        with pytest.raises(UserError, match="lacks 2 of|is it distilled"):
+            load_backbone(net, tmp_path / "x.pt")
 
 
 def test_a_missing_or_misshapen_key_is_refused(tmp_path):

@@ -5,7 +5,6 @@ of ours computes it: iBOT's local crops, DINOLoss, the resizing of timm and DINO
 pixel loss, PyMAF's regressor, mean parameters, grid and axis-angle; and, for size, ViT-B and -L, the
 teacher's weights, the first two calls of the loss.
 """
-import argparse
 import dataclasses
 import json
 import math
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 import common
 import handmim
 from common import (
-    Mano, UserError, ViT, axis_angle_to_matrix, load_backbone, matrix_to_six_d, rotate_z,
+    Mano, UserError, ViT, axis_angle_to_matrix, matrix_to_six_d, rotate_z,
     rotation, settle, six_d_to_matrix, transform, warp)
 from hand.builtin import builtin_hand
 from handmim import (Config, Decoder, HandMIM, HandNet, Head, PointMlp, View, block_mask, cosine,
@@ -164,37 +163,7 @@ def test_views_ignore_their_batch_and_heed_the_epoch():
     assert not torch.equal(view.angle[:, 0], view.angle[:, 1])
 
 
-# ---- Colours, against torchvision's own
-
-
-def test_jitter_is_torchvision_s_one_step_after_the_other():
-    from torchvision.transforms import functional as TF
-    torch.manual_seed(0)
-    images = torch.rand(6, 3, 9, 9, dtype=EXACT)
-    factors = torch.tensor([[1.3, 0.7, 1.2, 0.1], [0.6, 1.4, 0.8, -0.1], [1, 1, 1, 0], [1, 1, 1, 0.4],
-                            [1.2, 1, 1, 0], [1, 1, 0, 0]], dtype=EXACT)
-    found = common.jitter_colour(images, factors)
-    for image, (b, c, s, h), out in zip(images, factors.tolist(), found):
-        expected = TF.adjust_brightness(image, b)
-        expected = TF.adjust_saturation(TF.adjust_contrast(expected, c), s)
-        assert torch.allclose(out, TF.adjust_hue(expected, h), atol=2e-3), (b, c, s, h)   # .2989 for .299
-    assert torch.allclose(found[2], images[2], atol=1e-12)
-
-
-def test_grey_blur_and_solarise_act_where_they_should():
-    images = torch.zeros(2, 3, 15, 15)
-    images[:, 0, 7, 7] = 1.0
-    on = torch.tensor([True, False])
-    grey = common.to_grey(images, on)
-    assert grey[0, :, 7, 7].tolist() == pytest.approx([0.299] * 3) and torch.equal(grey[1], images[1])
-    soft = common.blur(images, torch.tensor([1.5, 0.0]))
-    assert torch.equal(soft[1], images[1])
-    x = torch.arange(-6, 7)
-    bell = torch.exp(-x ** 2 / (2 * 1.5 ** 2)) / torch.exp(-x ** 2 / (2 * 1.5 ** 2)).sum()
-    assert torch.allclose(soft[0, 0, 1:14, 1:14], bell[:, None] * bell, atol=1e-6)
-    solar = common.solarise(torch.tensor([0.2, 0.5, 0.9]).expand(2, 3, 1, 3), on)
-    assert solar[0, 0, 0].tolist() == pytest.approx([0.2, 0.5, 0.1])
-    assert solar[1, 0, 0].tolist() == pytest.approx([0.2, 0.5, 0.9])
+# ---- Colours
 
 
 def test_the_second_view_alone_is_solarised_and_blurred_less():
@@ -1057,35 +1026,6 @@ def test_frozen_blocks_stay_and_the_rest_learns():
     assert not any(n.startswith(("blocks.2", "blocks.3", "norm")) for n in still)
     with pytest.raises(UserError, match="--freeze-blocks 5: the back-bone has 4 blocks"):
         handmim.freeze(net.backbone, 5)
-
-
-# ---- Checkpoints of others
-
-
-def test_checkpoints_of_dino_ibot_mae_and_timm_load(tmp_path):
-    torch.manual_seed(0)
-    make = lambda: ViT(32, 8, 16, 2, 2)
-    teacher, student, net = make().state_dict(), make().state_dict(), make()
-    head = {"head.mlp.0.weight": torch.zeros(3, 3)}
-    prefixed = lambda state, prefix: {prefix + k: v for k, v in state.items()}
-    files = {
-        "timm": teacher | {"head.weight": torch.zeros(3, 16)},
-        "dino": {"student": prefixed(student, "module.backbone.") | head, "teacher": prefixed(teacher, "backbone."),
-                 "args": argparse.Namespace(lr=1.0), "epoch": 3},
-        "ibot": {"state_dict": teacher | {"masked_embed": torch.zeros(1, 16)}},
-        "mae": {"model": teacher | {"mask_token": torch.zeros(1, 1, 4), "decoder_embed.weight": torch.zeros(4, 16)}},
-        "ours": {"model": prefixed(student, "student.backbone.") | prefixed(teacher, "teacher.backbone.")}}
-    for name, content in files.items():
-        torch.save(content, tmp_path / f"{name}.pt")
-        for p in net.parameters():
-            torch.nn.init.zeros_(p)
-        load_backbone(net, tmp_path / f"{name}.pt")
-        assert all(torch.equal(v, teacher[k]) for k, v in net.state_dict().items()), name
-    for _, change in (("no-norm", {k: v for k, v in teacher.items() if not k.startswith("norm.")}),
-                         ("distilled", teacher | {"pos_embed": torch.zeros(1, 18, 16)})):
-        torch.save({"model": change}, tmp_path / "x.pt")
-        with pytest.raises(UserError, match="lacks 2 of|is it distilled"):
-            load_backbone(net, tmp_path / "x.pt")
 
 
 # ---- The command line

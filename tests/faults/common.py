@@ -18,10 +18,10 @@ FAULTS = [
      "    return points @ A[..., :2, :2].mT + A[..., None, :2, 2]", "test_common_transforms.py", "autocast"),
     ("common.py", "order = torch.cat([order + k * again for k in range(math.ceil(need / n))])[:need]", "order = torch.cat([order for k in range(math.ceil(need / n))])[:need]",
      "test_common_run.py", "taken_again"),
-    ("common.py", "saturation * torch.minimum(k, 4 - k).clamp(0, 1))", "saturation * torch.minimum(k, 3 - k).clamp(0, 1))", "test_handmim.py", "jitter"),
-    ("common.py", "(images >= 0.5), 1 - images", "(images <= 0.5), 1 - images", "test_handmim.py", "grey_blur"),
+    ("common.py", "saturation * torch.minimum(k, 4 - k).clamp(0, 1))", "saturation * torch.minimum(k, 3 - k).clamp(0, 1))", "test_common_augmentation.py", "jitter"),
+    ("common.py", "(images >= 0.5), 1 - images", "(images <= 0.5), 1 - images", "test_common_augmentation.py", "grey_blur"),
     ("common.py", "x = torch.where(mask[..., None], mask_token.to(x.dtype), x)", "x = torch.where(~mask[..., None], mask_token.to(x.dtype), x)", "test_handmim.py", "masked_vit"),
-    ("common.py", "\"teacher\" not in name, name)", "\"student\" not in name, name)", "test_handmim.py", "dino_ibot"),
+    ("common.py", "\"teacher\" not in name, name)", "\"student\" not in name, name)", "test_common_backbones.py", "dino_ibot"),
     # scores
     ("common.py", "    if not reflect:\n        sign[:, 2]", "    if reflect:\n        sign[:, 2]", "test_common_metrics.py", "procrustes"),
     ("common.py", "torch.linalg.svd(torch.where(finite[:, None, None], A, 0))", "torch.linalg.svd(A)", "test_common_metrics.py", "spoils_no_other"),
