@@ -73,13 +73,12 @@ from typing import Any, NamedTuple
 
 # common before torch: it settles how threads wait
 from common import (
-    BACKBONES, Flags, Run, UserError, accumulate, arg, autocast, average_buffers,
-    axis_angle_to_matrix, barrier, build_backbone, cpu_state, crop, decay_groups, denormalise,
-    flip, guarded, invert, load_backbone, normalise, parallel, rank, recall, remember, rotation,
-    row_name, save_checkpoint, say, settle, steps_per_epoch, transform, translation, uniform,
-    unwrapped, warp)
+    BACKBONES, Flags, Run, UserError, accumulate, arg, autocast, axis_angle_to_matrix, barrier,
+    batch_statistics, build_backbone, cpu_state, crop, decay_groups, denormalise, flip, guarded,
+    invert, load_backbone, normalise, parallel, rank, recall, remember, rotation, row_name,
+    save_checkpoint, say, settle, steps_per_epoch, transform, translation, uniform, unwrapped, warp)
 from hand.drawing import draw_skeleton, sheet
-from sources import batches, hand_for, open_data, training_steps
+from sources import Source, batches, hand_for, open_data, training_steps
 from sources.judging import keep_best, launch, mean_hand, probe_error, report
 
 import torch
@@ -141,12 +140,17 @@ class Config(Flags):
                                finetune=0.0, finetune_why="constant: authors' log")
     weight_decay: float = arg(0.05, "AdamW's decay, not on biases and norms", why="authors' code",
                               finetune=0.0, finetune_why="authors' log")
-    w: float = arg(1e-3, "weight of the constraints", paper=1e-3, ref="Sec. 3.2, below Eq. 1")
-    rank: int = arg(128, "r of the operators; the paper: r << d", why="authors' code")
-    embed_dim: int = arg(32, "n of the embedded angle", why="authors' code")
-    decoder_width: int = arg(256, "channels inside the decoder", why="authors' code")
-    probe_every: int = arg(5, "epochs between two frozen-probe pose errors (0: none)")
-    variant: tuple[str, ...] = arg((), "named departures, listed below", choices=tuple(VARIANTS))
+    w: float = arg(1e-3, "weight of the constraints", paper=1e-3, ref="Sec. 3.2, below Eq. 1",
+                   stage="pretrain")
+    rank: int = arg(128, "r of the operators; the paper: r << d", why="authors' code",
+                    stage="pretrain")
+    embed_dim: int = arg(32, "n of the embedded angle", why="authors' code", stage="pretrain")
+    decoder_width: int = arg(256, "channels inside the decoder", why="authors' code",
+                             stage="pretrain")
+    probe_every: int = arg(5, "epochs between two frozen-probe pose errors (0: none)",
+                           stage="pretrain")
+    variant: tuple[str, ...] = arg((), "named departures, listed below", choices=tuple(VARIANTS),
+                                   stage="pretrain")
 
 
 # ---- Views: 12 pictures of one sample, each one warp of the source (Sec. 3.1, Table 1) -----------
@@ -444,20 +448,26 @@ def masked(loss: Tensor, on: Tensor) -> Tensor:
 
 @torch.no_grad()
 def collapse_monitors(out: Moved, plan: Plan) -> dict[str, Tensor]:
-    """Three numbers that tell an isomorphic latent from a collapsed one (15).
+    """Four numbers that tell an isomorphic latent from a collapsed one (15).
 
-    variance: of v over the batch, mean over entries. turn_change: |E(R I) - E(I)|^2 over that
-    variance, 0 where turning changes nothing. residual: |E(R I) - T_R(E I)|^2 over
-    |E(R I) - E(I)|^2, 1 where the operator does no better than the identity.
+    variance: of v over the batch, mean over entries. dimensions: how many axes that variance fills,
+    (sum of covariance eigenvalues)^2 / sum of their squares, from 1 (all on one axis, whatever the
+    variance) to B - 1; 0 where nothing varies. turn_change: |E(R I) - E(I)|^2 over the variance, 0
+    where turning changes nothing. residual: |E(R I) - T_R(E I)|^2 over |E(R I) - E(I)|^2, 1 where
+    the operator does no better than the identity.
     """
     k, picture = next((k, picture) for k, (operation, picture) in enumerate(plan.ordinary)
                       if operation.name == "R")
     v = out.v[:, 0]
     turned = out.v[:, picture]
     variance = v.var(0, correction=0).mean()
+    centred = v - v.mean(0)
+    gram = centred @ centred.T                      # (B, B), with the covariance's eigenvalues
+    dimensions = gram.trace().square() / gram.square().sum().clamp(min=1e-30)
     change = distance(turned, v)
     left = distance(turned, out.ordinary[:, k])
-    return {"variance": variance, "turn_change": change / variance.clamp(min=1e-12),
+    return {"variance": variance, "dimensions": dimensions,
+            "turn_change": change / variance.clamp(min=1e-12),
             "residual": left / change.clamp(min=1e-12)}
 
 
@@ -533,7 +543,7 @@ def lr_at(step: int, cfg: Config, steps: int) -> float:
     peak = cfg.lr * cfg.batch_size / 256
     warm = cfg.warmup_epochs * steps
     if step < warm:
-        return peak * (step + 1) / warm
+        return peak * min(1, (step + 1) / warm)
     if not cfg.warmup_epochs:
         return peak
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, cfg.epochs * steps - warm)))
@@ -615,16 +625,16 @@ def pretrain(cfg: Config, out: Path, device: torch.device) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             sums: dict[str, Tensor] = {}
-            for k, batch in enumerate(micro_batches, 1):
-                with accumulate(net, last=k == len(micro_batches)):
-                    terms = pretrain_step(net, batch, cfg, epoch)
-                    (terms["loss"] / len(micro_batches)).backward()
-                for name, term in terms.items():
-                    sums[name] = sums.get(name, 0) + term.detach() / len(micro_batches)
+            with batch_statistics(model):
+                for k, batch in enumerate(micro_batches, 1):
+                    with accumulate(net, last=k == len(micro_batches)):
+                        terms = pretrain_step(net, batch, cfg, epoch)
+                        (terms["loss"] / len(micro_batches)).backward()
+                    for name, term in terms.items():
+                        sums[name] = sums.get(name, 0) + term.detach() / len(micro_batches)
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            average_buffers(model)
             run.advance(sums, epoch, lr=rate, may_save=step + 1 < steps)
         measured = {}
         last = epoch + 1 == cfg.epochs
@@ -671,15 +681,15 @@ def finetune(cfg: Config, out: Path, row: str, device: torch.device) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             sums: dict[str, Tensor] = {}
-            for k, batch in enumerate(micro_batches, 1):
-                with accumulate(net, last=k == len(micro_batches)):
-                    terms = finetune_step(net, batch, cfg)
-                    (terms["loss"] / len(micro_batches)).backward()
-                for name, term in terms.items():
-                    sums[name] = sums.get(name, 0) + term.detach() / len(micro_batches)
+            with batch_statistics(model):
+                for k, batch in enumerate(micro_batches, 1):
+                    with accumulate(net, last=k == len(micro_batches)):
+                        terms = finetune_step(net, batch, cfg)
+                        (terms["loss"] / len(micro_batches)).backward()
+                    for name, term in terms.items():
+                        sums[name] = sums.get(name, 0) + term.detach() / len(micro_batches)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            average_buffers(model)
             run.advance(sums, epoch, lr=rate, may_save=step + 1 < steps)
         run.log(epoch=epoch + 1, **keep_best(run, epoch, val, cfg, device, about))
         run.save()
@@ -690,13 +700,13 @@ def finetune(cfg: Config, out: Path, row: str, device: torch.device) -> None:
 
 
 # twin: handmim.py:some
-def some(data: Any, n: int, device: torch.device) -> dict:
+def some(data: Source, n: int, device: torch.device) -> dict:
     """A batch of n samples, evenly spaced."""
     return next(batches(data, [torch.linspace(0, len(data) - 1, n).long()], device, 0))
 
 
 @torch.no_grad()
-def draw_views(folder: Path, data: Any, cfg: Config, device: torch.device, plan: Plan) -> None:
+def draw_views(folder: Path, data: Source, cfg: Config, device: torch.device, plan: Plan) -> None:
     """views.png: every picture of four samples, with key points moved along where known."""
     batch = some(data, 4, device)
     views, _, A = make_views(batch, cfg, 0, plan)
@@ -706,7 +716,7 @@ def draw_views(folder: Path, data: Any, cfg: Config, device: torch.device, plan:
     sheet(folder / "views.png", rows, [element_name(e) for e in plan.pictures], width=1200)
 
 
-def draw_crops(folder: Path, data: Any, cfg: Config, device: torch.device) -> None:
+def draw_crops(folder: Path, data: Source, cfg: Config, device: torch.device) -> None:
     """views.png of fine-tuning: eight crops as the network sees them, with their key points."""
     batch = some(data, 8, device)
     crops, A = hand_view(batch["image"], cfg.image_size)
@@ -716,7 +726,7 @@ def draw_crops(folder: Path, data: Any, cfg: Config, device: torch.device) -> No
 
 
 @torch.no_grad()
-def draw_reconstructions(folder: Path, model: TINet, data: Any, cfg: Config,
+def draw_reconstructions(folder: Path, model: TINet, data: Source, cfg: Config,
                          device: torch.device) -> None:
     """reconstructions.png: six pictures and what the decoder makes of them, in training mode."""
     if model.decoder is None:

@@ -28,9 +28,10 @@ from common import (
 from sources.judging import table, write_results
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--data", "synthetic:calm", "--samples", "48", "--backbone", "resnet10", "--image-size", "32",
-         "--batch-size", "8", "--micro-batch", "4", "--decoder-width", "4", "--epochs", "2",
-         "--workers", "0", "--device", "cpu", "--probe-every", "0"]
+FIRST = ["--data", "synthetic:calm", "--decoder-width", "4", "--probe-every", "0"]       # flags of pre-training
+BOTH = ["--samples", "48", "--backbone", "resnet10", "--image-size", "32", "--batch-size", "8", "--micro-batch", "4",
+        "--epochs", "2", "--workers", "0", "--device", "cpu"]
+SMALL = [*FIRST, *BOTH]
 
 
 # ---- Options
@@ -443,7 +444,7 @@ def test_pretrain_then_finetune_then_eval(command, tmp_path):
     assert {p.name for p in (tmp_path / "pre").iterdir()} == {"backbone.pt", "flags.json", "pretrain-ti_net"}
     assert {"views.png", "reconstructions.png", "log.jsonl", "last.pt", "config.json"} <= {
         p.name for p in (tmp_path / "pre" / "pretrain-ti_net").iterdir()}
-    tune = ["--finetune", "synthetic:calm", "--init", "pre/backbone.pt", *SMALL[2:], "--epochs", "1",
+    tune = ["--finetune", "synthetic:calm", "--init", "pre/backbone.pt", *BOTH, "--epochs", "1",
             "--label-fraction", "0.5"]
     done = command("ti_net.py", *tune, "--out", "tuned")
     assert "24 labels used" in done.stdout and "scratch: not run" in done.stdout
