@@ -6,11 +6,12 @@ on FreiHAND. Nothing was run at that scale.
 
     python peclr.py --quick                                      minutes on a CPU, no data
     python peclr.py --data freihand=DIR1 yt3d=DIR2               the paper's pre-training
-    python peclr.py --init runs/peclr-freihand-yt3d/backbone.pt --finetune freihand=DIR1
+    python peclr.py --init FILE --finetune freihand:centre=DIR1 --two-pass
 
 Table 1 and Fig. 5 pre-train with `--data freihand:90=DIR1 --backbone resnet50 [--objective simclr]
 [--augment NAME ...]`, then `--init FILE --finetune freihand:90=DIR1 --backbone resnet50
---image-size 128 --freeze`. Fig. 6: `--label-fraction 0.2`. Table 3: `eval.py RUN --data yt3d=DIR2`.
+--image-size 128 --freeze`, which ends in a table on the paper's own 10 %. Fig. 6 fine-tunes with
+`--image-size 128 --label-fraction 0.2`. Table 3 is `eval.py RUN --data yt3d=DIR2` of Table 2's run.
 
 The idea: SimCLR pulls two views of a picture together and so forgets where things are. Here a
 view's rotation and translation are first undone on its projection, read as points of a plane; then
@@ -73,13 +74,13 @@ from typing import Any, NamedTuple
 
 # common before torch: it settles how threads wait
 from common import (
-    BACKBONES, N_JOINTS, Flags, Run, UserError, ViT, accumulate, arg, autocast, average_buffers,
+    BACKBONES, N_JOINTS, Flags, Run, UserError, ViT, accumulate, arg, autocast, batch_statistics,
     barrier, blur, build_backbone, cpu_state, crop, decay_groups, denormalise, guarded, hsv_to_rgb,
     invert, load_backbone, load_checkpoint, normal, normalise, parallel, permutation, project,
     rank, recall, remember, rgb_to_hsv, rotation, row_name, save_checkpoint, say, settle,
     steps_per_epoch, to_grey, transform, translation, uniform, view_intrinsics, warp, world)
 from hand.drawing import draw_skeleton, label, picture, sheet
-from sources import batches, open_data, training_steps
+from sources import Source, batches, open_data, training_steps
 from sources.judging import keep_best, launch, mean_hand, report
 
 import torch
@@ -121,8 +122,8 @@ class Config(Flags):
 
     backbone: str = arg("resnet152", "encoder E", paper="resnet152", ref="Sec. 4.6",
                         choices=BACKBONES)
-    image_size: int = arg(128, "side of the network's input, px", paper=128, ref="Sec. 4.1",
-                          finetune=224, finetune_paper=224)
+    image_size: int = arg(128, "side of the network's input, px", paper=128, finetune=224,
+                          finetune_paper=224, ref="Sec. 4.1; fine-tuning: 128 in Sec. 4.4, 4.5")
     epochs: int = arg(100, "passes over the data", why="authors' README", finetune=100,
                       finetune_why="authors' earlier project; 50 with --freeze")
     batch_size: int = arg(2048, "pictures a step, over all processes", paper=2048, ref="Sec. 4.1",
@@ -132,23 +133,27 @@ class Config(Flags):
     lr: float = arg(4.5e-3, "learning rate; pre-training: at a batch of 2048, x sqrt(batch / 2048)",
                     paper=4.5e-3, ref="Sec. 4.1", finetune=5e-4, finetune_paper=5e-4)
     warmup_epochs: float = arg(10.0, "epochs of linear warm-up, then cosine to 0",
-                               why="authors' code", finetune=0.0,
+                               why="authors' code; unless given a tenth at most", finetune=0.0,
                                finetune_why="authors' earlier project")
     weight_decay: float = arg(1e-6, "decay, not on biases and norms", why="authors' code",
                               finetune=2e-4, finetune_why="authors' earlier project")
     objective: str = arg("peclr", "Eq. 3, or Eq. 1: the views not undone", paper="peclr",
-                         ref="Sec. 3.2", choices=("peclr", "simclr"))
-    tau: float = arg(0.5, "temperature", why="authors' code")
+                         ref="Sec. 3.2", choices=("peclr", "simclr"), stage="pretrain")
+    tau: float = arg(0.5, "temperature", why="authors' code", stage="pretrain")
     augment: tuple[str, ...] = arg(
-        (), "transformations of Fig. 4 (default: peclr's scale rotation translation "
-            "colour-jitter; simclr's scale colour-jitter)", choices=GEOMETRIC + APPEARANCE)
+        (), "transformations of Fig. 4, or else the objective's best", paper=BEST["peclr"],
+        ref="Sec. 4.4", why="that of --objective; simclr's are scale colour-jitter",
+        choices=GEOMETRIC + APPEARANCE, stage="pretrain")
     mix: str = arg("authors", "several data sets: each equally often, or all shuffled",
-                   why="authors' code", choices=("authors", "concat"))
-    freeze: bool = arg(False, "fine-tune a two-layer head on the frozen encoder (Tab. 1)")
+                   why="authors' code", choices=("authors", "concat"), stage="pretrain")
+    freeze: bool = arg(False, "train a two-layer head on the frozen encoder", paper=False,
+                       ref="Sec. 4.5 to 4.7; True in Sec. 4.4", stage="finetune")
     bone: str = arg("middle", "root, unit of depth: palm, middle MCP-PIP or wrist, wrist-index MCP",
-                    why="the release's networks", choices=("middle", "index"))
-    two_pass: bool = arg(False, "predict, crop around that, predict again (release's test code)")
-    variant: tuple[str, ...] = arg((), "named departures, listed below", choices=tuple(VARIANTS))
+                    why="the release's networks", choices=("middle", "index"), stage="finetune")
+    two_pass: bool = arg(False, "predict, crop around that, predict again (release's test code)",
+                         stage="finetune")
+    variant: tuple[str, ...] = arg((), "named departures, listed below", choices=tuple(VARIANTS),
+                                   stage="pretrain")
 
 
 # ---- Views: what is drawn, and so what must be undone (Sec. 3.2, Fig. 4) -------------------------
@@ -656,22 +661,24 @@ def gathered(z: Tensor) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def batch_loss(z: Tensor, cfg: Config) -> dict[str, Tensor]:
-    """Eq. 3 of one's own projections among those of all processes, and its monitors."""
+def contrast(z: Tensor, cfg: Config) -> dict[str, Tensor]:
+    """Eq. 3 of one's own projections among those of all processes: terms, the gradient sent back.
+
+    Processes average their gradients, so the loss of the whole batch counts once for each.
+    """
     everyone = gathered(z)
-    return {"loss": nt_xent(everyone, cfg.tau), **contrast_monitors(everyone.detach())}
+    loss = nt_xent(everyone, cfg.tau)
+    (world() * loss).backward()
+    return {"loss": loss.detach(), **contrast_monitors(everyone)}
 
 
 # A step of pre-training in three forms: the micro-batches of one process in, the terms out, their
-# gradients left in the network. Eq. 3 couples all samples of a batch; as processes average their
-# gradients, the loss of the whole batch counts once for each of them.
+# gradients left in the network. Eq. 3 couples all samples of a batch.
 
 
 def whole_step(net: nn.Module, micro_batch: dict, cfg: Config, epoch: int) -> dict[str, Tensor]:
     """Eq. 3 over the whole batch where a process has one micro-batch of it."""
-    terms = batch_loss(projections(net, micro_batch, cfg, epoch), cfg)
-    (world() * terms["loss"]).backward()
-    return terms
+    return contrast(projections(net, micro_batch, cfg, epoch), cfg)
 
 
 def cached_step(net: nn.Module, micro_batches: list[dict], cfg: Config, epoch: int
@@ -679,21 +686,15 @@ def cached_step(net: nn.Module, micro_batches: list[dict], cfg: Config, epoch: i
     """Eq. 3 over a whole batch too large for the memory: each micro-batch goes through twice (1).
 
     First without a graph, for the loss and its gradient on each projection; then one at a time with
-    that gradient. BatchNorm's running statistics move once.
+    that gradient.
     """
     with torch.no_grad():
         z = torch.cat([projections(net, batch, cfg, epoch) for batch in micro_batches], 1)
-    terms = batch_loss(z.requires_grad_(), cfg)
-    (world() * terms["loss"]).backward()
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.track_running_stats = False
+    terms = contrast(z.requires_grad_(), cfg)
     slopes = z.grad.split(cfg.micro_batch, 1)
     for k, (batch, slope) in enumerate(zip(micro_batches, slopes), 1):
         with accumulate(net, last=k == len(micro_batches)):
             projections(net, batch, cfg, epoch).backward(slope)
-    for norm in norms:
-        norm.track_running_stats = True
     return terms
 
 
@@ -738,7 +739,7 @@ def pretrain(cfg: Config, out: Path, device: torch.device) -> Path:
     sizes = [len(part) for part in data.parts()]
     steps = steps_per_epoch(len(data), cfg.batch_size)
     total = cfg.epochs * steps
-    warm = min(round(cfg.warmup_epochs * steps), total // 10)
+    warm = round(cfg.warmup_epochs * steps)
     peak = cfg.lr * math.sqrt(cfg.batch_size / 2048)
     millions = sum(p.numel() for p in model.backbone.parameters()) / 1e6
     seen = cfg.micro_batch if "accumulate" in cfg.variant else cfg.batch_size
@@ -759,15 +760,15 @@ def pretrain(cfg: Config, out: Path, device: torch.device) -> Path:
             rate = lr_at(run.step, peak, warm, total)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            if "accumulate" in cfg.variant:
-                terms = accumulated_step(net, micro_batches, cfg, epoch)
-            elif len(micro_batches) > 1:
-                terms = cached_step(net, micro_batches, cfg, epoch)
-            else:
-                terms = whole_step(net, micro_batches[0], cfg, epoch)
+            with batch_statistics(model):
+                if "accumulate" in cfg.variant:
+                    terms = accumulated_step(net, micro_batches, cfg, epoch)
+                elif len(micro_batches) > 1:
+                    terms = cached_step(net, micro_batches, cfg, epoch)
+                else:
+                    terms = whole_step(net, micro_batches[0], cfg, epoch)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            average_buffers(model)
             run.advance(terms, epoch, lr=rate, may_save=step + 1 < steps)
         run.log(epoch=epoch + 1)
         run.save()
@@ -807,7 +808,7 @@ def finetune(cfg: Config, out: Path, row: str, device: torch.device) -> None:
     about = {"method": METHOD, "row": row, "mean": mean}
     steps = steps_per_epoch(len(data), cfg.batch_size)
     total = cfg.epochs * steps
-    warm = min(round(cfg.warmup_epochs * steps), total // 10)
+    warm = round(cfg.warmup_epochs * steps)
     optimizer = torch.optim.Adam(decay_groups(model, cfg.weight_decay))
     net = parallel(model, device, cfg.compile)
     run = Run(folder, METHOD, cfg, model, optimizer, total)
@@ -818,15 +819,15 @@ def finetune(cfg: Config, out: Path, row: str, device: torch.device) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             sums: dict[str, Tensor] = {}
-            for k, batch in enumerate(micro_batches, 1):
-                with accumulate(net, last=k == len(micro_batches)):
-                    terms = finetune_step(net, batch, cfg, epoch)
-                    (terms["loss"] / len(micro_batches)).backward()
-                for name, term in terms.items():
-                    sums[name] = sums.get(name, 0) + term.detach() / len(micro_batches)
+            with batch_statistics(model):
+                for k, batch in enumerate(micro_batches, 1):
+                    with accumulate(net, last=k == len(micro_batches)):
+                        terms = finetune_step(net, batch, cfg, epoch)
+                        (terms["loss"] / len(micro_batches)).backward()
+                    for name, term in terms.items():
+                        sums[name] = sums.get(name, 0) + term.detach() / len(micro_batches)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            average_buffers(model)
             run.advance(sums, epoch, lr=rate, may_save=step + 1 < steps)
         run.log(epoch=epoch + 1, **keep_best(run, epoch, val, cfg, device, about))
         run.save()
@@ -837,11 +838,11 @@ def finetune(cfg: Config, out: Path, row: str, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def start_at_mean(model: HandNet, data: Any, mean: dict[str, Any]) -> None:
+def start_at_mean(model: HandNet, data: Source, mean: dict[str, Any]) -> None:
     """The head's bias at the training set's mean u, v, d; the mean length of bone 9-10 (11, 13)."""
     S = model.cfg.image_size
     c = model.convention
-    index = torch.arange(min(len(data), 4096))
+    index = torch.linspace(0, len(data) - 1, min(len(data), 4096)).long()     # sets go by subject
     joints = torch.cat([data.targets(part)["joints"] for part in index.split(512)])
     unit = bone_length(joints, MIDDLE_BONE)
     if unit.isfinite().any():
@@ -855,20 +856,21 @@ def start_at_mean(model: HandNet, data: Any, mean: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def settle_statistics(model: HandNet, data: Any, device: torch.device) -> None:
+def settle_statistics(model: HandNet, data: Source, device: torch.device) -> None:
     """BatchNorm's statistics of a random encoder to be frozen: the mean over 8 batches (9)."""
     norms = [m for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
     model.to(device).backbone.train()
     for norm in norms:
         norm.momentum = None                                        # a plain mean of all batches
-    for batch in batches(data, list(torch.arange(min(len(data), 256)).split(32)), device, 0):
+    index = torch.linspace(0, len(data) - 1, min(len(data), 256)).long()      # sets go by subject
+    for batch in batches(data, list(index.split(32)), device, 0):
         model.backbone(hand_view(batch["image"], model.cfg)[0])
     for norm in norms:
         norm.momentum = 0.1
 
 
 @torch.no_grad()
-def draw_views(folder: Path, data: Any, cfg: Config, device: torch.device) -> None:
+def draw_views(folder: Path, data: Source, cfg: Config, device: torch.device) -> None:
     """views.png: both views of four samples with their key points moved along; transformations.png:
     Fig. 4, each transformation alone."""
     batch = next(batches(data, [torch.linspace(0, len(data) - 1, 4).long()], device, 0))
@@ -889,7 +891,7 @@ def draw_views(folder: Path, data: Any, cfg: Config, device: torch.device) -> No
     sheet(folder / "transformations.png", [cells[:5], cells[5:]], width=800)
 
 
-def draw_crops(folder: Path, data: Any, cfg: Config, device: torch.device) -> None:
+def draw_crops(folder: Path, data: Source, cfg: Config, device: torch.device) -> None:
     """views.png of fine-tuning: eight crops as the network sees them, with their key points."""
     batch = next(batches(data, [torch.linspace(0, len(data) - 1, 8).long()], device, 0))
     crops, A = hand_view(batch["image"], cfg, 0, batch["index"])

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import peclr
-from common import load_backbone, rotation, translation
+from common import batch_statistics, load_backbone, rotation, settle, translation
 from sources import Source, open_data, training_steps
 from sources.loader import read_items
 from sources.synthetic import Synthetic
@@ -375,7 +375,7 @@ def test_the_peak_rate_follows_the_root_of_the_batch(tmp_path, monkeypatch, caps
     assert "1,022 negatives" in capsys.readouterr().out
 
 
-def test_the_loop_sets_the_rate_of_every_step_and_warms_up_for_a_tenth_at_most(tmp_path, monkeypatch):
+def test_the_loop_sets_the_rate_of_every_step(tmp_path, monkeypatch):
     rates = []
 
     class Spy(Lars):
@@ -385,10 +385,32 @@ def test_the_loop_sets_the_rate_of_every_step_and_warms_up_for_a_tenth_at_most(t
     monkeypatch.setattr(peclr, "Lars", Spy)
     monkeypatch.setattr(peclr, "draw_views", lambda *words: None)
     monkeypatch.setattr(peclr, "whole_step", lambda *words: {"loss": torch.zeros(())})
-    cfg = Config(cache=str(tmp_path), epochs=5, batch_size=8, micro_batch=8, lr=1.6, **TINY)      # peak 0.1
+    cfg = Config(cache=str(tmp_path), epochs=5, warmup_epochs=0.5, batch_size=8, micro_batch=8, lr=1.6, **TINY)   # peak 0.1
     peclr.pretrain(cfg, tmp_path / "run", torch.device("cpu"))
-    assert len(rates) == 20 and rates[0] == 0 and rates[1] == pytest.approx(0.1) == rates[2]      # 2 of 20, not 40
+    assert len(rates) == 20 and rates[0] == 0 and rates[1] == pytest.approx(0.1) == rates[2]      # 2 of 20
     assert rates[11] == pytest.approx(0.05) and 0 < rates[-1] < 0.002
+
+
+@pytest.mark.parametrize("given, epochs, warm", [({}, 100, 10), ({"epochs": 200}, 200, 10), ({"epochs": 5}, 5, 0.5),
+                                                  ({"epochs": 5, "warmup_epochs": 4.0}, 5, 4), ({"quick": True}, 4, 0.2)])
+def test_a_tenth_of_the_epochs_warms_up_unless_another_warm_up_is_given(given, epochs, warm):
+    cfg = settle(Config, given, "pretrain", peclr.QUICK)
+    assert (cfg.epochs, cfg.warmup_epochs) == (epochs, warm)
+
+
+@pytest.mark.parametrize("flags", [["--tau", "0.1"], ["--augment", "blur"], ["--variant", "bgr"], ["--mix", "concat"],
+                                   ["--objective", "simclr"]])
+def test_a_flag_of_pretraining_is_refused_in_finetuning(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(peclr.UserError, match=f"^{flags[0]}: belongs to pre-training, and this command fine-tunes"):
+        peclr.main(["--finetune", "synthetic", "--device", "cpu", *flags])
+
+
+@pytest.mark.parametrize("flags", [["--freeze"], ["--bone", "index"], ["--two-pass"], ["--label-fraction", "0.5"]])
+def test_a_flag_of_finetuning_is_refused_in_pretraining(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(peclr.UserError, match=f"^{flags[0]}: belongs to fine-tuning, and this command pre-trains"):
+        peclr.main(["--data", "synthetic", "--device", "cpu", *flags])
 
 
 def test_mixing_draws_every_source_equally_often_and_no_view_twice():
@@ -436,9 +458,10 @@ def gradients(cfg, micro_batches, monkeypatch):
     monkeypatch.setattr(peclr, "make_views", lambda batch, cfg, epoch: (
         views(batch, cfg, epoch)[0].to(EXACT), views(batch, cfg, epoch)[1]))
     model.train()
-    terms = pretrain_step(model, micro_batches, cfg, 0)
+    with batch_statistics(model):
+        terms = pretrain_step(model, micro_batches, cfg, 0)
     monkeypatch.setattr(peclr, "make_views", views)
-    return float(terms["loss"]), [p.grad for p in model.parameters()], model
+    return float(terms["loss"].detach()), [p.grad for p in model.parameters()], model
 
 
 def split(batch, size):
@@ -451,12 +474,13 @@ def oracle(cfg, micro_batches):
     model = exact_model(cfg)
     model.train()
     parts = []
-    for batch in micro_batches:
-        views, drawn = make_views(batch, cfg, 0)
-        p = model(views.to(EXACT).flatten(0, 1)).unflatten(0, (2, -1))
-        parts.append(torch.stack([undo_view(p[k], g.angle, g.shift) for k, g in enumerate(drawn)]))
-    loss = nt_xent(torch.cat(parts, 1), cfg.tau)
-    loss.backward()
+    with batch_statistics(model):
+        for batch in micro_batches:
+            views, drawn = make_views(batch, cfg, 0)
+            p = model(views.to(EXACT).flatten(0, 1)).unflatten(0, (2, -1))
+            parts.append(torch.stack([undo_view(p[k], g.angle, g.shift) for k, g in enumerate(drawn)]))
+        loss = nt_xent(torch.cat(parts, 1), cfg.tau)
+        loss.backward()
     return float(loss.detach()), [p.grad for p in model.parameters()], model
 
 
@@ -836,6 +860,27 @@ def test_the_head_starts_at_the_training_set_s_mean(tmp_path):
     assert float(model.unit) == pytest.approx(float(unit.mean()), rel=1e-5)
 
 
+def test_sets_sorted_by_subject_are_read_from_end_to_end(tmp_path, monkeypatch):
+    """The mean bone of 8,192 hands, small ones first; the statistics of a random encoder from 300 pictures."""
+    class Sorted:
+        def __len__(self):
+            return 8192
+
+        def targets(self, rows):
+            joints = torch.zeros(len(rows), 21, 3)
+            joints[:, 10, 0] = 0.02 + 0.02 * (rows >= 4096)
+            return {"joints": joints}
+
+    model = HandNet(Config(**TINY))
+    peclr.start_at_mean(model, Sorted(), {"joints": torch.zeros(21, 3), "uv": torch.zeros(21, 2)})
+    assert float(model.unit) == pytest.approx(0.03, abs=1e-4)
+    plans = []
+    monkeypatch.setattr(peclr, "batches", lambda data, plan, device, workers: plans.extend(plan) or [])
+    peclr.settle_statistics(model, range(300), torch.device("cpu"))
+    rows = torch.cat(plans)
+    assert [len(plan) for plan in plans] == [32] * 8 and rows[0] == 0 and rows[-1] == 299 and rows.diff().max() == 2
+
+
 def test_fine_tuning_views_turn_and_shift_as_drawn(hands):
     cfg = Config(**TINY)
     _, A = hand_view(hands["image"], cfg, 3, hands["index"])
@@ -855,7 +900,8 @@ def test_peclr_s_paper_values_are_those_of_the_page():
     import common
     fields = {f.name: f.metadata for f in dataclasses.fields(Config)}
     paper = {k: m["paper"] for k, m in fields.items() if m["paper"] is not common.SILENT}
-    assert paper == {"backbone": "resnet152", "image_size": 128, "batch_size": 2048, "lr": 4.5e-3, "objective": "peclr"}
+    assert paper == {"backbone": "resnet152", "image_size": 128, "batch_size": 2048, "lr": 4.5e-3, "objective": "peclr",
+                     "augment": ("scale", "rotation", "translation", "colour-jitter"), "freeze": False}
     tuned = {k: m["finetune_paper"] for k, m in fields.items() if m["finetune_paper"] is not common.SILENT}
     assert tuned == {"image_size": 224, "lr": 5e-4}
 
@@ -864,18 +910,16 @@ def test_a_run_broken_off_repeats_a_straight_one_exactly(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["--data", "synthetic:calm", *TUNE, "--cache", "c", "--epochs", "2", "--save-minutes", "0.0001"]
     peclr.main([*words, "--out", "straight"])
-    calls, average = [], peclr.average_buffers
 
-    def crash(model):
-        calls.append(1)
-        if len(calls) == 9:                                           # in the second epoch, between two saves
+    def crash(step, *words):
+        if step == 9:                                                 # in the second epoch, between two saves
             raise RuntimeError("power cut")
-        average(model)
+        return lr_at(step, *words)
 
-    monkeypatch.setattr(peclr, "average_buffers", crash)
+    monkeypatch.setattr(peclr, "lr_at", crash)
     with pytest.raises(RuntimeError, match="power cut"):
         peclr.main([*words, "--out", "broken"])
-    monkeypatch.setattr(peclr, "average_buffers", average)
+    monkeypatch.setattr(peclr, "lr_at", lr_at)
     peclr.main(["--out", "broken", "--resume"])
     one, two = (torch.load(tmp_path / n / "pretrain-peclr" / "last.pt") for n in ("straight", "broken"))
     assert one["step"] == two["step"] == 12

@@ -1,0 +1,414 @@
+"""PeCLR's steps, loops and prediction against slow functions typed here from the paper.
+
+An oracle shares the weights of the script's networks, takes `warp` and the draws of common.py, and calls
+no view, loss, step or optimiser of peclr.py. Everything is float64.
+"""
+import colorsys
+import copy
+import math
+
+import common
+import peclr
+import pytest
+import torch
+import torch.nn.functional as F
+from peclr import Config, HandNet, PeCLR
+
+SIDE, STORED = 32, 48
+TINY = dict(backbone="resnet10", image_size=SIDE, workers=0)
+MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float64)[..., None, None]
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """float64 networks, draws and pictures."""
+    for name in ("uniform", "normal"):
+        draw = getattr(common, name)
+        monkeypatch.setattr(peclr, name, lambda *words, draw=draw: draw(*words).double())
+    monkeypatch.setattr(peclr, "normalise", lambda pictures: (pictures.double() / 255 - MEAN) / STD)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def samples(n=6, seed=3):
+    """n rows in a batch; the first six differ in all that can be missing or known."""
+    torch.manual_seed(seed)
+    f = 150 + 40 * torch.rand(n)
+    K = torch.eye(3).repeat(n, 1, 1)
+    K[:, 0, 0], K[:, 1, 1], K[:, :2, 2] = f, 1.02 * f, 23 + 3 * torch.rand(n, 2)
+    joints = torch.tensor([0.0, 0.0, 0.55]) + 0.05 * torch.randn(n, 21, 3)
+    joints[:, 10] = joints[:, 9] + 0.05 * F.normalize(torch.randn(n, 3), dim=1)
+    batch = {"image": torch.randint(0, 256, (n, 3, STORED, STORED), dtype=torch.uint8),
+             "index": 3 + 7 * torch.arange(n), "uv": common.project(joints, K) + torch.randn(n, 21, 2),
+             "crop": torch.diag(torch.tensor([1.0, 1.0, 1.0])).repeat(n, 1, 1) * (0.5 + torch.rand(n))[:, None, None],
+             "K": K, "joints": joints, "joints_ok": torch.ones(n, 21, dtype=torch.bool),
+             "scale": (joints[:, 10] - joints[:, 9]).norm(dim=1)}
+    batch["crop"][2, 0, 0] *= -1                                   # a left hand, mirrored at load
+    batch["joints_ok"][1, [3, 10, 17]] = False                     # the middle finger's bone among them
+    batch["joints_ok"][2, 0] = False                               # no wrist
+    batch["K"][3], batch["scale"][3] = math.nan, 1.0               # no camera, no length
+    batch["joints"][4], batch["joints_ok"][4], batch["uv"][4, 7] = math.nan, False, math.nan       # 2D alone
+    batch["uv"][5], batch["joints"][5], batch["joints_ok"][5] = math.nan, math.nan, False          # no label
+    return batch
+
+
+def rows(batch, chosen):
+    return {key: value[chosen] for key, value in batch.items()}
+
+
+def affine(A, points):
+    return points @ A[:2, :2].T + A[:2, 2]
+
+
+def close(got, want, tolerance=1e-9):
+    return bool((got - want).abs().max() <= tolerance * (1 + float(want.abs().max())))
+
+
+# ---- Oracles: views
+
+
+def matrix(middle, side, angle, shift, size=SIDE):
+    """Square of `side` px around `middle` onto `size` px, turned counter-clockwise, moved by a share."""
+    s, c0 = size / side, (size - 1) / 2
+    crop = torch.tensor([[s, 0, c0 - s * middle[0]], [0, s, c0 - s * middle[1]], [0, 0, 1]])
+    c, n = math.cos(angle), math.sin(angle)
+    turn = torch.tensor([[c, n, c0 - c * c0 - n * c0], [-n, c, c0 + n * c0 - c * c0], [0, 0, 1]])
+    move = torch.tensor([[1, 0, size * shift[0]], [0, 1, size * shift[1]], [0, 0, 1]])
+    return move @ turn @ crop
+
+
+def true_view(batch, b, cfg, epoch, view, on):
+    """Matrix, angle and v / L of one view (Sec. 3.2; ranges: the authors' code, notes 1.1)."""
+    u = common.uniform(batch["index"][b:b + 1], 4, cfg.seed, "peclr view", epoch, view)[0].tolist()
+    uv, stored = batch["uv"][b], batch["image"].shape[-1]
+    middle, radius = [(stored - 1) / 2] * 2, 0.65 * stored / 2.9
+    if uv.isfinite().all() and "box-crops" not in cfg.variant:
+        middle = [float(uv[:, 0].sum() / 21), float(uv[:, 1].sum() / 21)]
+        radius = max(math.dist(point, middle) for point in uv.tolist())
+    side = 2 * radius * (0.9 + 0.6 * u[0] if "scale" in on else 1.25)
+    angle = math.radians(90 * u[1] - 45) if "rotation" in on else 0.0
+    moved = shift = [(15 * u[k] - 7.5) / 128 if "translation" in on else 0.0 for k in (2, 3)]
+    if "authors-shift" in cfg.variant and "translation" in on:
+        jitter = [-math.floor(15 * u[k]) for k in (2, 3)]                  # px of the picture, to one side
+        moved = [j * abs(float(batch["crop"][b, 0, 0])) / side for j in jitter]
+        shift = [j / SIDE for j in jitter]
+    return matrix(middle, side, angle, moved), angle, shift
+
+
+def true_colours(image, index, cfg, epoch, view, on):
+    """t^a of one picture (3, S, S) in 0..1, pixel by pixel (notes 1.1, in the order of point 7)."""
+    S = image.shape[-1]
+
+    def draw(n, purpose):
+        return common.uniform(index, n, cfg.seed, f"peclr {purpose}", epoch, view)[0].double()
+
+    def chosen(name):
+        return name in on and float(draw(1, f"{name} on")) < 0.5
+
+    def at(x, y):
+        return image[:, min(max(y, 0), S - 1), min(max(x, 0), S - 1)]
+
+    if chosen("sobel"):
+        out = torch.zeros_like(image)
+        for y in range(S):
+            for x in range(S):
+                gx = sum(w * (at(x + 1, y + k) - at(x - 1, y + k)) for k, w in ((-1, 1), (0, 2), (1, 1)))
+                gy = sum(w * (at(x + k, y + 1) - at(x + k, y - 1)) for k, w in ((-1, 1), (0, 2), (1, 1)))
+                out[:, y, x] = (gx * gx + gy * gy).sqrt().clamp(max=1)
+        image = out
+    if chosen("cut-out"):
+        size, x0, y0 = draw(3, "cut-out").tolist()
+        image = image.clone()
+        for y in range(S):
+            for x in range(S):
+                if abs(x + 0.5 - S * x0) < 0.08 * S * size and abs(y + 0.5 - S * y0) < 0.08 * S * size:
+                    image[:, y, x] = 0
+    if chosen("blur"):
+        sigma, reach = 0.1 + 1.9 * float(draw(1, "blur")), max(1, round(0.05 * S))
+        weight = {k: math.exp(-k * k / (2 * sigma * sigma)) for k in range(-reach, reach + 1)}
+        total = sum(weight.values())
+        for axis in (0, 1):
+            image = torch.stack([torch.stack([sum(w / total * (at(x + k, y) if axis else at(x, y + k))
+                                                  for k, w in weight.items()) for x in range(S)], -1)
+                                 for y in range(S)], -2)
+    if "colour-jitter" in on:
+        u = draw(4, "colour").tolist()
+        order = [2, 1, 0] if "bgr" in cfg.variant else [0, 1, 2]
+        out = torch.zeros_like(image)
+        for y in range(S):
+            for x in range(S):
+                h, s, v = colorsys.rgb_to_hsv(*image[order, y, x].tolist())
+                v = v * (0.5 + 0.5 * u[2]) + (5 + 15 * u[3]) / 255
+                rgb = colorsys.hsv_to_rgb(h * (0.01 + 0.99 * u[0]), s * (0.01 + 0.99 * u[1]), min(1, max(0, v)))
+                out[:, y, x] = torch.tensor(rgb)[order]
+        image = out
+    if chosen("noise"):
+        noise = common.normal(index, 3 * S * S, cfg.seed, "peclr noise", epoch, view)[0].double()
+        image = (image + 25 / 255 * noise.view_as(image)).clamp(0, 1)
+    if chosen("colour-drop"):
+        image = (0.299 * image[0] + 0.587 * image[1] + 0.114 * image[2]).expand(3, S, S)
+    return image
+
+
+def true_views(batch, cfg, epoch):
+    """(2, B, 3, S, S) as the network must see them, and [(matrix, angle, shift), ...] of both views."""
+    best = {"peclr": ("scale", "rotation", "translation", "colour-jitter"), "simclr": ("scale", "colour-jitter")}
+    on, views, drawn = cfg.augment or best[cfg.objective], [], []            # Sec. 4.4, last paragraph
+    for view in (0, 1):
+        drawn.append([true_view(batch, b, cfg, epoch, view, on) for b in range(len(batch["index"]))])
+        pictures = [common.warp(batch["image"][b:b + 1], A[None], SIDE)[0] / 255 for b, (A, _, _) in enumerate(drawn[-1])]
+        pictures = [true_colours(picture, batch["index"][b:b + 1], cfg, epoch, view, on) for b, picture in enumerate(pictures)]
+        views.append((torch.stack(pictures) - MEAN) / STD)
+    return torch.stack(views), drawn
+
+
+# ---- Oracles: pre-training, Eq. 1, 3, 4
+
+
+def true_projections(model, batch, cfg, epoch):
+    """z~ (2, B, 128): head (authors' widths), Eq. 4 and (t^g)^-1 point by point."""
+    views, drawn = true_views(batch, cfg, epoch)
+    f = model.backbone(views.flatten(0, 1))[-1]
+    h = F.linear(f.sum((2, 3)) / (f.shape[2] * f.shape[3]), model.g[0].weight, model.g[0].bias)
+    h = (h - h.mean(0)) / (h.var(0, unbiased=False) + 1e-5).sqrt() * model.g[1].weight + model.g[1].bias
+    p = (h.clamp(min=0) @ model.g[3].weight.T).unflatten(0, (2, -1))
+    if cfg.objective == "simclr":                                           # Eq. 1: nothing is undone
+        return p
+    out = []
+    for k in (0, 1):
+        for b in range(p.shape[1]):
+            _, angle, shift = drawn[k][b]
+            x, y = (p[k, b] / p[k, b].norm()).view(64, 2).T
+            reach = [v.detach().max() - v.detach().min() for v in (x, y)]
+            if "one-range" in cfg.variant:
+                both = torch.stack([x, y]).detach()
+                reach = [both.max() - both.min()] * 2
+            x, y = x - shift[0] * reach[0], y - shift[1] * reach[1]
+            x0, y0 = x.detach().mean(), y.detach().mean()
+            c, s = math.cos(angle), math.sin(angle)
+            out.append(torch.stack([x0 + c * (x - x0) - s * (y - y0), y0 + s * (x - x0) + c * (y - y0)], 1).flatten())
+    return torch.stack(out).unflatten(0, (2, -1))
+
+
+def true_contrast(z, tau):
+    """Eq. 1, 3 anchor by anchor, and what is logged beside them."""
+    B = z.shape[1]
+    flat = [z[k, b] for k in (0, 1) for b in range(B)]
+    sim = [[(u @ v) / (u.norm() * v.norm()) for v in flat] for u in flat]
+    loss = 0
+    for i in range(2 * B):
+        below = sum((sim[i][k] / tau).exp() for k in range(2 * B) if k != i)
+        loss = loss - ((sim[i][(i + B) % (2 * B)] / tau).exp() / below).log() / (2 * B)
+    table = [[float(sim[b][B + other].detach()) for other in range(B)] for b in range(B)]
+    off = [table[a][b] for a in range(B) for b in range(B) if a != b]
+    return {"loss": loss, "positive": sum(table[b][b] for b in range(B)) / B, "negative": sum(off) / len(off),
+            "nearest": sum(max(range(B), key=row.__getitem__) == b for b, row in enumerate(table)) / B}
+
+
+def true_pretraining(model, micro_batches, cfg, epoch):
+    """Terms of a batch with one graph over all of it: each micro-batch is encoded by itself (Sec. 4.1)."""
+    parts = [true_projections(model, batch, cfg, epoch) for batch in micro_batches]
+    if "accumulate" not in cfg.variant:
+        return true_contrast(torch.cat(parts, 1), cfg.tau)
+    found = [true_contrast(z, cfg.tau) for z in parts]
+    return {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+
+
+# ---- Oracles: fine-tuning, Eq. 5, 6
+
+
+def true_targets(batch, b, A, bone):
+    """u, v, d of one sample (21, 3), its root's depth in bones (Sec. 3.3; notes 1.7, 1.8)."""
+    X = torch.where(batch["joints_ok"][b][:, None], batch["joints"][b], math.nan)
+    K, seen = batch["K"][b], affine(A, batch["uv"][b])
+    m, n = {"middle": (9, 10), "index": (0, 5)}[bone]
+    unit = (X[n] - X[m]).norm()
+    root = (X[0] + X[9]) / 2 if bone == "middle" else X[0]
+    where = torch.stack([K[0, 0] * root[0] / root[2] + K[0, 2], K[1, 1] * root[1] / root[2] + K[1, 2]])
+    uv = seen.clone()
+    uv[0] = affine(A, where)
+    if not uv[0].isfinite().all():                                          # no 3D: the middle in the picture
+        uv[0] = (seen[0] + seen[9]) / 2 if bone == "middle" else seen[0]
+    d = (X[:, 2] - root[2]) / unit
+    d[0] = 0 * root[2] / unit
+    return torch.cat([uv, d[:, None]], 1), root[2] / unit
+
+
+def true_root(rays, d, bone):
+    """Iqbal et al. 2018, Eq. 6, 7, with the floors and limits of each code (notes 1.9)."""
+    (m, n), floor, low, high = {"middle": ((9, 10), 1e-8, 4, 50), "index": ((0, 5), 1e-6, -math.inf, math.inf)}[bone]
+    (xm, ym), (xn, yn), zm, zn = rays[m].tolist(), rays[n].tolist(), float(d[m]), float(d[n])
+    a = (xn - xm) ** 2 + (yn - ym) ** 2
+    b = 2 * (zn * (xn ** 2 + yn ** 2 - xn * xm - yn * ym) + zm * (xm ** 2 + ym ** 2 - xn * xm - yn * ym))
+    c = (xn * zn - xm * zm) ** 2 + (yn * zn - ym * zm) ** 2 + (zn - zm) ** 2 - 1
+    return min(high, max(low, (-b + math.sqrt(max(floor, b * b - 4 * a * c))) / (2 * max(a, floor))))
+
+
+def true_output(model, pictures, Ks, cfg):
+    """u, v, d (B, 21, 3), rays and refined root depth (B,) of views whose intrinsics are Ks."""
+    if cfg.freeze:
+        with torch.no_grad():
+            maps = model.backbone(pictures)[-1]
+    else:
+        maps = model.backbone(pictures)[-1]
+    f = maps.sum((2, 3)) / (maps.shape[2] * maps.shape[3])
+    if cfg.freeze:                                                          # Sec. 4.4: a two-layer MLP
+        f = F.linear(f, model.head[0].weight, model.head[0].bias).clamp(min=0)
+    raw = F.linear(f, model.head[-1].weight, model.head[-1].bias).view(-1, 21, 3)
+    out = torch.stack([raw[..., 0], raw[..., 1], raw[..., 2] * (torch.arange(21) > 0)], -1)
+    rays, roots, given = [], [], []
+    for hand, K in zip(out.detach(), Ks):
+        ray = torch.stack([torch.linalg.solve(K, torch.tensor([u, v, 1.0]))[:2] for u, v, _ in hand.tolist()])
+        root, d = torch.tensor(true_root(ray, hand[:, 2], cfg.bone)), hand[:, 2]
+        rays.append(ray)
+        roots.append(root)
+        given.append(torch.cat([d, ray.flatten(), root[None]] if cfg.bone == "middle" else [root[None], ray.flatten(), d]))
+    x = torch.stack(given)
+    for k in (0, 3):                                                        # Linear, BatchNorm, (Leaky)ReLU, twice
+        x = F.linear(x, model.refine[k].weight, model.refine[k].bias)
+        norm = model.refine[k + 1]
+        mean, var = (x.mean(0), x.var(0, unbiased=False)) if norm.training else (norm.running_mean, norm.running_var)
+        x = (x - mean) / (var + 1e-5).sqrt() * norm.weight + norm.bias
+        x = torch.where(x > 0, x, x * (0.01 if cfg.bone == "middle" else 0.0))
+    return out, torch.stack(rays), torch.stack(roots) + F.linear(x, model.refine[6].weight, model.refine[6].bias)[:, 0]
+
+
+def true_camera(batch, b):
+    """K of the stored picture; where it is not known the focal length is the diagonal."""
+    f, c = math.sqrt(2) * STORED, (STORED - 1) / 2
+    guess = torch.tensor([[f, 0, c], [0, f, c], [0, 0, 1]])
+    return batch["K"][b] if batch["K"][b].isfinite().all() else guess
+
+
+def true_finetuning(model, batch, cfg, epoch, augmented=True):
+    """Eq. 5 by loops: 2D 1, depth 5, root 1, over what each sample has (notes 1.7)."""
+    crops, Ks, targets, depths = [], [], [], []
+    for b in range(len(batch["index"])):
+        u = common.uniform(batch["index"][b:b + 1], 3, cfg.seed, "peclr fine-tuning", epoch)[0].tolist()
+        u = u if augmented else [0.5] * 3
+        A = matrix([(STORED - 1) / 2] * 2, STORED / 0.7 / 2.2, math.radians(90 * u[0] - 45),
+                   [(15 * u[k] - 7.5) / 128 for k in (1, 2)])
+        crops.append((common.warp(batch["image"][b:b + 1], A[None], SIDE)[0] / 255 - MEAN) / STD)
+        Ks.append(A @ true_camera(batch, b))
+        target, depth = true_targets(batch, b, A, cfg.bone)
+        targets.append(target)
+        depths.append(depth)
+    out, _, root = true_output(model, torch.stack(crops), Ks, cfg)
+    flat, deep, far = [], [], []
+    for b, (target, depth) in enumerate(zip(targets, depths)):
+        for j in range(21):
+            if target[j, :2].isfinite().all():
+                flat.append(((out[b, j, 0] - target[j, 0]).abs() + (out[b, j, 1] - target[j, 1]).abs()) / 2)
+            if target[j, 2].isfinite():
+                deep.append((out[b, j, 2] - target[j, 2]).abs())
+        if depth.isfinite():
+            far.append((root[b] - depth).abs())
+    L_J2D, L_d, L_root = (sum(x) / max(1, len(x)) + 0 * root.sum() for x in (flat, deep, far))
+    return {"loss": L_J2D + 5 * L_d + L_root, "L_J2D": L_J2D, "L_d": L_d, "L_root": L_root}
+
+
+# ---- Steps
+
+
+def check_terms(got, want):
+    assert set(got) == set(want)
+    for name in want:
+        assert float(got[name]) == pytest.approx(float(want[name]), abs=1e-7), name
+
+
+def check_gradients(model, other, untouched=()):
+    """Every gradient of the script's network is the oracle's; parts that take none have none."""
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        if name.startswith(untouched) and untouched:
+            assert p.grad is None and (q.grad is None or not q.grad.any()), name
+        else:
+            assert p.grad is not None and q.grad is not None and (q.grad.any() or p.ndim < 2), name
+            assert close(p.grad, q.grad, 1e-8), name
+
+
+def two(batch):
+    """Two micro-batches, of samples that differ."""
+    return [rows(batch, [0, 1, 4]), rows(batch, [2, 3, 5])]
+
+
+def pretrained(cfg, parts, epoch=5):
+    torch.manual_seed(0)
+    model = PeCLR(cfg).train()
+    other = copy.deepcopy(model)
+    if "accumulate" in cfg.variant:
+        terms = peclr.accumulated_step(model, parts, cfg, epoch)
+    elif len(parts) > 1:
+        terms = peclr.cached_step(model, parts, cfg, epoch)
+    else:
+        terms = peclr.whole_step(model, parts[0], cfg, epoch)
+    true = true_pretraining(other, parts, cfg, epoch)
+    true["loss"].backward()
+    check_terms({k: v.detach() for k, v in terms.items()}, {k: v.detach() if k == "loss" else v for k, v in true.items()})
+    check_gradients(model, other)
+    return terms
+
+
+@pytest.mark.parametrize("objective", ["peclr", "simclr"])
+@pytest.mark.parametrize("form", ["whole", "cached", "accumulated"])
+def test_a_step_of_pretraining_is_equation_3_or_1_with_all_its_gradients(objective, form):
+    variant = ("accumulate",) if form == "accumulated" else ()
+    batch = samples()
+    parts = [batch] if form == "whole" else two(batch)
+    cfg = Config(objective=objective, variant=variant, seed=2, batch_size=6, micro_batch=6 if form == "whole" else 3, **TINY)
+    pretrained(cfg, parts)
+
+
+@pytest.mark.parametrize("more", [
+    dict(objective="simclr", augment=("rotation", "translation", "scale")), dict(augment=("rotation",)),
+    dict(augment=("translation",)), dict(variant=("one-range",), tau=0.2), dict(variant=("authors-shift",)),
+    dict(variant=("box-crops", "bgr"))], ids=lambda more: "-".join(f"{v}" for v in more.values()))
+def test_other_compositions_and_variants_take_their_own_step(more):
+    pretrained(Config(seed=1, batch_size=6, micro_batch=6, **(TINY | more)), [samples()])
+
+
+def test_views_are_the_ten_transformations_drawn_anew_for_each_view_sample_and_epoch():
+    batch = rows(samples(), [0, 2, 5])
+    cfg = Config(augment=peclr.GEOMETRIC + peclr.APPEARANCE, seed=4, **TINY)
+    for epoch in (0, 3):
+        views, drawn = peclr.make_views(batch, cfg, epoch)
+        true, want = true_views(batch, cfg, epoch)
+        assert close(views, true, 1e-7)
+        for k in (0, 1):
+            assert close(drawn[k].A, torch.stack([A for A, _, _ in want[k]]))
+            assert close(drawn[k].angle, torch.tensor([angle for _, angle, _ in want[k]]))
+            assert close(drawn[k].shift, torch.tensor([shift for _, _, shift in want[k]]))
+
+
+def hand_net(cfg):
+    """A network whose outputs look like hands, so that their depth is found and not clamped."""
+    torch.manual_seed(1)
+    model = HandNet(cfg)
+    with torch.no_grad():
+        batch = samples()
+        A = matrix([(STORED - 1) / 2] * 2, STORED / 0.7 / 2.2, 0.2, [0.01, -0.02])
+        target, _ = true_targets(batch, 0, A, cfg.bone)
+        model.head[-1].weight.mul_(0.2)
+        model.head[-1].bias.copy_(target.flatten() + 0.05 * torch.randn(63))
+        for k in (1, 4):
+            model.refine[k].running_mean.normal_(0, 0.1)
+            model.refine[k].running_var.uniform_(0.5, 2)
+    return model
+
+
+@pytest.mark.parametrize("bone", ["middle", "index"])
+@pytest.mark.parametrize("freeze", [False, True], ids=["tuned", "frozen"])
+def test_a_step_of_finetuning_is_equation_5_and_the_root_s_depth_with_all_their_gradients(bone, freeze):
+    cfg = Config(bone=bone, freeze=freeze, seed=2, **TINY)
+    for part in two(samples()):
+        model = hand_net(cfg).train()
+        other = copy.deepcopy(model)
+        terms = peclr.finetune_step(model, part, cfg, 4)
+        terms["loss"].backward()
+        true = true_finetuning(other, part, cfg, 4)
+        true["loss"].backward()
+        check_terms({k: v.detach() for k, v in terms.items()}, {k: v.detach() for k, v in true.items()})
+        check_gradients(model, other, ("backbone",) if freeze else ())
+        for (name, a), b in zip(model.named_buffers(), other.named_buffers(), strict=True):
+            if name.startswith("backbone"):
+                assert torch.allclose(a, b[1]), name
