@@ -280,6 +280,7 @@ def mirror_pose(pose: Tensor) -> Tensor:
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
+    """The same numbers, in float32 where they have fewer bits."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -380,10 +381,10 @@ class Mano(nn.Module):
     """The hand model in Torch, differentiable in everything; same maths as `mano_numpy`.
 
     `params` from `load_mano` or `builtin_hand`; `tips` a name in TIPS or five vertices, thumb to
-    pinky. `regressed`: its other joints are regressed from the posed mesh (see `regress`) instead of
-    taken from the kinematic chain. Works in `dtype` whatever the inputs are, also under autocast (float16 is NaN at the flat
-    hand in common layers).
-    The arrays stay out of state_dict: MANO's may not be passed on with a checkpoint.
+    pinky. `regressed`: its other joints are regressed from the posed mesh (see `regress`) instead
+    of taken from the kinematic chain. Works in `dtype` whatever the inputs are, also under autocast
+    (float16 is NaN at the flat hand in common layers). The arrays stay out of state_dict: MANO's
+    may not be passed on with a checkpoint.
     """
 
     def __init__(self, params: dict[str, np.ndarray], tips: str | tuple[int, ...] = "smplx",
@@ -424,8 +425,9 @@ class Mano(nn.Module):
         """R (B, 16, 3, 3), shape (B, 10) or (1, 10), trans (B, 3) m -> vertices, joints.
 
         Vertices (B, 778, 3) m, a transposed view (reshape it, not view); joints (B, 21, 3) m, ours:
-        the kinematic chain (or those regressed) and the tip vertices. UserError for other shapes. The
-        chain's wrist lands on `rest_joints(shape)[:, 0] + trans` whatever R is, so trans is no wrist.
+        the kinematic chain (or those regressed) and the tip vertices. UserError for other shapes.
+        The chain's wrist lands on `rest_joints(shape)[:, 0] + trans` whatever R is, so trans is not
+        the wrist.
         """
         verts, chain = self._pose(R, shape, trans, self.template, self.basis, self.weights)
         if self.regressed:
@@ -434,7 +436,7 @@ class Mano(nn.Module):
         return verts, self._ours(chain, tips)
 
     def joints(self, R: Tensor, shape: Tensor, trans: Tensor | None = None) -> Tensor:
-        """The joints of `forward`, (B, 21, 3) m; without the mesh where none has to be regressed."""
+        """The joints of `forward`, (B, 21, 3) m; without the mesh where none is regressed."""
         return self(R, shape, trans)[1] if self.regressed else self.chain_joints(R, shape, trans)
 
     def chain_joints(self, R: Tensor, shape: Tensor, trans: Tensor | None = None) -> Tensor:
@@ -501,8 +503,8 @@ class Mano(nn.Module):
         R, shape, trans = self._inputs(R, shape, trans)
         with torch.autocast(R.device.type, enabled=False):
             J = self.rest_joints(shape)
-            world = self._chain(R, J)
-            G, t = world[..., :3, :3], world[..., :3, 3]
+            placed = self._chain(R, J)
+            G, t = placed[..., :3, :3], placed[..., :3, 3]
             # Shape and pose blend shapes in one product; the wrist has no correctives.
             coefficients = torch.cat([shape, (R[:, 1:] - self.eye).flatten(1)], 1)     # (B, 145)
             rest = torch.addmm(template, coefficients, basis).unflatten(1, (3, -1))    # (B, 3, N)
@@ -823,17 +825,17 @@ def load_backbone(backbone: nn.Module, path: str | Path) -> str:
     anchor = next(k for k in wanted if k.endswith("weight"))
     dicts = _tensor_dicts(load_checkpoint(path))
     candidates = []
-    for place, tensors in dicts.items():
+    for home, tensors in dicts.items():
         for prefix in {key[:-len(anchor)] for key in tensors if key.endswith(anchor)}:
             missing = [k for k in wanted if prefix + k not in tensors]
-            name = f"{place}/{prefix}"
-            candidates.append(((len(missing), "teacher" not in name, name), place, prefix, missing))
+            name = f"{home}/{prefix}"
+            candidates.append(((len(missing), "teacher" not in name, name), home, prefix, missing))
     if not candidates:
         raise UserError(f"{path}: holds no key that ends in {anchor}, as a "
                         f"{type(backbone).__name__} has; does --backbone name the network it was "
                         "made for?")
-    _, place, prefix, missing = min(candidates)
-    tensors = dicts[place]
+    _, home, prefix, missing = min(candidates)
+    tensors = dicts[home]
     if missing:
         raise UserError(f"{path}: lacks {len(missing)} of the back-bone's {len(wanted)} keys, the "
                         f"first is {prefix}{missing[0]}; does --backbone name the network it was "
@@ -847,7 +849,7 @@ def load_backbone(backbone: nn.Module, path: str | Path) -> str:
                             f"{tuple(wanted[key].shape)}; does --backbone name the right network?")
     backbone.load_state_dict(found, strict=False)
     rest = sorted(k for k in tensors if k[len(prefix):] not in wanted and "num_batches" not in k)
-    said = f"{path}{place and ':'}{place}: {len(found)} back-bone tensors read"
+    said = f"{path}{home and ':'}{home}: {len(found)} back-bone tensors read"
     if rest:
         said += f"; ignored {len(rest)}: {', '.join(rest[:6])}{' ...' * (len(rest) > 6)}"
     return said
@@ -892,8 +894,8 @@ def n_mpjpe(pred: Tensor, true: Tensor, ok: Tensor | None = None, root: int = MI
     else:
         bone = MIDDLE_MCP if root == ROOT else ROOT
         top, bottom = (torch.linalg.vector_norm(x[:, bone], dim=-1) for x in (true, pred))
-    scale = torch.where(bottom > 0, top / bottom, 0)[:, None, None]
-    return epe(scale * pred, true, ok & ok[:, ROOT, None] & ok[:, MIDDLE_MCP, None])
+    factor = torch.where(bottom > 0, top / bottom, 0)[:, None, None]
+    return epe(factor * pred, true, ok & ok[:, ROOT, None] & ok[:, MIDDLE_MCP, None])
 
 
 def _best_turn(A: Tensor, reflect: bool) -> tuple[Tensor, Tensor]:
@@ -927,8 +929,8 @@ def procrustes(pred: Tensor, true: Tensor, ok: Tensor | None = None,
     t = torch.where(counts, true - t_mean, 0)
     R, overlap = _best_turn(p.mT @ t, reflect)
     size = p.square().sum((1, 2))
-    scale = torch.where(size > 0, overlap / size, 0)
-    return torch.baddbmm(t_mean, pred - p_mean, scale[:, None, None] * R)
+    factor = torch.where(size > 0, overlap / size, 0)
+    return torch.baddbmm(t_mean, pred - p_mean, factor[:, None, None] * R)
 
 
 def pa_mpjpe(pred: Tensor, true: Tensor, ok: Tensor | None = None, reflect: bool = False) -> Tensor:
@@ -961,15 +963,16 @@ def pck_curve(errors: Tensor, limit: float = 0.05) -> tuple[Tensor, Tensor]:
     return steps, torch.searchsorted(errors, steps, right=True).double() / max(len(errors), 1)
 
 
-def pck_2d(pred: Tensor, true: Tensor, ok: Tensor | None = None, share: float = 0.2) -> Tensor:
-    """1 where a key point is nearer than `share` of the hand's box, else 0: (N, P, 2) px -> (N, P).
+def pck_2d(pred: Tensor, true: Tensor, ok: Tensor | None = None, reach: float = 0.2) -> Tensor:
+    """1 where a key point is nearer than `reach` of the hand's box, else 0: (N, P, 2) px -> (N, P).
 
     The box is that of the true key points, its longer side counts. paper silent; ours
     """
     ok = _all(pred, ok)
-    low, high = (torch.where(ok[..., None], true, fill) for fill in (math.inf, -math.inf))
-    side = (high.amax(1) - low.amin(1)).amax(-1, keepdim=True)
-    return (epe(pred, true) < share * side).double().masked_fill(~ok, math.nan)
+    low = torch.where(ok[..., None], true, math.inf).amin(1)
+    high = torch.where(ok[..., None], true, -math.inf).amax(1)
+    side = (high - low).amax(-1, keepdim=True)
+    return (epe(pred, true) < reach * side).double().masked_fill(~ok, math.nan)
 
 
 def f_score(pred: Tensor, true: Tensor, limits: tuple[float, ...] = (0.005, 0.015)) -> Tensor:
@@ -1014,7 +1017,8 @@ def score(pred: dict, truth: dict) -> dict[str, Tensor]:
     Raises UserError if shapes differ or a prediction is not finite.
     """
     p, t, ok = _scored("joints", pred["joints"], truth["joints"])
-    ok, parts = ok & truth["joints_ok"], {"mpjpe": slice(0, N_JOINTS)}
+    ok = ok & truth["joints_ok"]
+    parts = {"mpjpe": slice(0, N_JOINTS)}
     if "verts" in pred and "verts" in truth:
         verts = _scored("vertices", pred["verts"], truth["verts"])
         p, t, ok = (torch.cat(pair, 1) for pair in zip((p, t, ok), verts))
@@ -1034,7 +1038,8 @@ def score(pred: dict, truth: dict) -> dict[str, Tensor]:
             if kind == "mpjpe" and not reflect:
                 out["pa_auc"] = auc(error).nanmean(1)
     if "mpvpe" in parts:
-        part, rows = parts["mpvpe"], ok[:, N_JOINTS:].all(1)
+        part = parts["mpvpe"]
+        rows = ok[:, N_JOINTS:].all(1)
         meshes = {"": procrustes(p[rows, part], t[rows, part])}
         if "root" in pred:
             meshes["_raw"] = camera[rows, part]
@@ -1055,9 +1060,9 @@ def _score_2d(pred: dict, truth: dict, ok_3d: Tensor) -> dict[str, Tensor]:
     p, t, ok = _scored("uv", pred["uv"], truth["uv"])
     ok = ok & (ok_3d | ~ok_3d.any(1, keepdim=True))
     back = invert(truth["crop"].double())                                 # image px -> picture px
-    error, (p0, t0) = epe(p, t, ok), (transform(back, x) for x in (p, t))
+    p0, t0 = transform(back, p), transform(back, t)
     picture = epe(p0, t0, ok)
-    return {"epe_2d_px": picture.nanmean(1), "epe_2d_px_crop": error.nanmean(1),
+    return {"epe_2d_px": picture.nanmean(1), "epe_2d_px_crop": epe(p, t, ok).nanmean(1),
             "pck_2d_20": pck_2d(p0, t0, ok).nanmean(1), "auc_2d": auc(picture, 30.0).nanmean(1)}
 
 
@@ -1437,12 +1442,12 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     after = before
     try:
         yield
-        everything = torch.cat(seen) if seen else torch.zeros(0)
-        if world() > 1:
+        if world() > 1 and seen:
+            everything = torch.cat(seen)
             torch.distributed.all_reduce(everything)
-        totals = everything.split([len(total) for total in seen])
-        called = [total[-1] > 0 for total in totals]
-        means = [total[:-1] / total[-1] for total in totals]
+            seen = everything.split([len(total) for total in seen])
+        called = [total[-1] > 0 for total in seen]
+        means = [total[:-1] / total[-1] for total in seen]
         after = [torch.where(on, old.double().lerp(mean, momentum), old)
                  for on, old, mean, momentum in zip(called, before, means, momenta)]
         counts = [count + on for count, on in zip(counts, called)]
