@@ -71,17 +71,21 @@ from typing import Any, NamedTuple
 
 # common before torch: it settles how threads wait
 from common import (
-    MIDDLE_MCP, N_JOINTS, N_VERTS, Flags, Run, UserError, accumulate, arg, autocast,
+    MIDDLE_MCP, N_JOINTS, N_VERTS, Flags, Mano, Run, UserError, accumulate, arg, autocast,
     average_buffers, axis_angle_to_matrix, barrier, bits, build_backbone, cpu_state, crop,
     decay_groups, denormalise, epe, gather, guarded, invert, load_backbone, load_checkpoint,
-    matrix_to_axis_angle, normalise, open_out, parallel, parse, pck_curve, permutation, project,
-    rank, recall, remember, rotate_z, rotation, save_checkpoint, say, score, settle, share,
-    six_d_to_matrix, start, steps_per_epoch, stored_config, summarise, to_device, transform,
-    uniform, unwrapped, warp, world)
+    matrix_to_axis_angle, normalise, open_out, parallel, parse, permutation, project,
+    rank, recall, remember, rotate_z, rotation, save_checkpoint, say, settle, share,
+    six_d_to_matrix, start, steps_per_epoch, stored_config, transform,
+    uniform, unwrapped, warp)
 from hand import hand_mark
-from hand.drawing import curve, draw_side, draw_skeleton, label, sheet
+from hand.drawing import curve, draw_skeleton, sheet
 from sources import Rig, Rows, batches, data_name, hand_for, open_data, training_steps
-from sources.judging import mean_hand, mean_pose_scores, predictions, table, write_results
+from sources.judging import LIMITS, Exam, Row, assess, predictions, shares_within
+from sources.predictors import Predictor, outputs
+from sources.sheets import best_median_worst, draw_rows
+from sources.stages import mean_hand
+from sources.tables import table, write_results
 
 import torch
 import torch.nn.functional as F
@@ -972,10 +976,14 @@ def train(cfg: Config, folder: Path, model: HaMuCo, data: Any, device: torch.dev
         run.save()
 
 
+def rig_of(cfg: Config) -> Rig:
+    """How moments are asked for: their views, and the noise of synthetic labels."""
+    return Rig(cfg.views, OUTLIERS if cfg.quick else 0.1, CROP / MARGIN)
+
+
 def open_rig(cfg: Config, split: str, device: torch.device, live: bool = False) -> Any:
     """The moments of --data, or of training the share --data-fraction of them."""
-    rig = Rig(cfg.views, OUTLIERS if cfg.quick else 0.1, CROP / MARGIN)
-    data = open_data(cfg, cfg.data, split, stored_side(cfg), MARGIN, device, live=live, rig=rig)
+    data = open_data(cfg, cfg.data, split, stored_side(cfg), MARGIN, device, live=live, rig=rig_of(cfg))
     if split == "train" and cfg.data_fraction < 1:
         keep = math.ceil(cfg.data_fraction * len(data))
         data = Rows(data, permutation(len(data), cfg.seed)[:keep].sort().values)
@@ -1027,7 +1035,7 @@ def fit(cfg: Config, out: Path, row: str, device: torch.device) -> None:
     """All rounds of one row; writes OUT/train-ROW/final.pt, OUT/finetune.pt and OUT/backbone.pt."""
     data = open_rig(cfg, "train", device)
     check_labels(data, cfg)
-    mean = mean_hand(EachView(data, labels=True))
+    mean = mean_hand(data)
     epochs = cfg.epochs + cfg.mask_epochs
     labels = None
     for k in range(1, cfg.rounds + 1):
@@ -1062,38 +1070,13 @@ def fit(cfg: Config, out: Path, row: str, device: torch.device) -> None:
 
 COLUMNS = ("mpjpe_mm", "n_mpjpe_mm", "pa_mpjpe_mm", "abs_mpjpe_mm", "mpvpe_mm", "pa_mpvpe_mm", "auc",
            "f_5", "f_15", "epe_2d_px_crop", "label_px_crop", "bone_spread_percent")
-
-
-class EachView:
-    """The pictures of moments as a data set of their own, V to a moment, without the pictures.
-
-    `mean_hand` and `mean_pose_scores` read it. `labels`: 2D labels where no truth is known.
-    """
-
-    def __init__(self, data: Any, labels: bool = False):
-        self.data, self.labels = data, labels
-        self.V = data.targets(torch.tensor([0]))["joints"].flatten(0, -3).shape[0] if len(data) else 1
-
-    def __len__(self) -> int:
-        return len(self.data) * self.V
-
-    def targets(self, index: Tensor) -> dict[str, Tensor]:
-        """Numbers of pictures (n,), as the data set's own `targets`."""
-        moments, place = torch.unique(index // self.V, return_inverse=True)
-        t = self.data.targets(moments)
-        if "view_ok" not in t:
-            return t
-        out = {key: x[place, index % self.V] for key, x in t.items()
-               if isinstance(x, Tensor) and x.dim() > 1}
-        if self.labels:
-            out["uv"] = torch.where(out["uv"].isnan(), out["uv_label"], out["uv"])
-        return out | {"side_px": t["side_px"][place]}
+SHEET = ("labels", "single_view", "single", "interaction", "fusion")      # the first four: Fig. 4
 
 
 def label_rows(batch: dict, size: int) -> dict[str, dict[str, Tensor]]:
     """What the 2D labels give without any training: themselves, and triangulated (Tab. 3, top)."""
     ok, uv, c = batch["view_ok"], batch["uv_label"], batch["confidence"] * batch["view_ok"][..., None]
-    rows = {"labels": {"joints": batch["joints"], "uv": uv}}
+    rows = {"labels": {"uv": uv}}                             # they say nothing of 3D
     if not bool(batch["has"]["cameras"].all()) or uv.shape[1] < 2:
         return rows
     P, by_joint = projections(batch["K"], batch["cameras"]), uv.transpose(1, 2)
@@ -1119,76 +1102,36 @@ def model_rows(models: dict[str, HaMuCo], batch: dict) -> dict[str, dict[str, Te
     return rows
 
 
-def score_views(pred: dict[str, Tensor], batch: dict) -> dict[str, Tensor]:
-    """`score` of every picture of a batch of moments, {name: (B, V)}, NaN where a view is missing.
-
-    A hand that could not be made (fewer than two views) has no score, nor has a label that is missing.
-    """
-    ok = batch["view_ok"]
-    p, t = ({k: x[ok] for k, x in d.items() if isinstance(x, Tensor) and x.shape[:2] == ok.shape}
-            for d in (pred, batch))
-    made = p["joints"].isfinite().flatten(1).all(1) | t["joints"].isnan().flatten(1).any(1)
-    t["joints"] = torch.where(made[:, None, None], t["joints"], math.nan)
-    t["uv"] = torch.where(p["uv"].isfinite().all(-1, keepdim=True), t["uv"], math.nan)
-    scores = {name: pad(x, ok, math.nan) for name, x in score(p, t).items()}
-    if pred["joints"] is batch["joints"]:                                # labels: nothing is said of 3D
-        scores = {k: x for k, x in scores.items() if k.startswith(("epe_2d", "pck_2d", "auc_2d"))}
-    return scores
-
-
-@torch.no_grad()
-def evaluate_views(models: dict[str, HaMuCo], data: Any, cfg: Config, device: torch.device
-                   ) -> dict[str, dict[str, Tensor]]:
-    """Scores of every picture, {row: {metric: (n, V) float64}}, over all processes.
-
-    Rows as `label_rows` and `model_rows`. Data without any truth is scored against its labels.
-    """
-    for model in models.values():
-        model.eval()
-    parts, mine, known = [], torch.arange(len(data))[rank()::world()], None
-    for batch in batches(data, [rows for rows in mine.split(32) if len(rows)], device, cfg.workers):
+def predictor(models: dict[str, HaMuCo], size: int) -> Predictor:
+    """The labels' rows and the trained models' as one predictor of the judge."""
+    def answer(batch: dict) -> dict[str, dict[str, Tensor]]:
         batch = as_views(batch)
-        rows = label_rows(batch, cfg.image_size) | model_rows(models, batch)
-        known = bool((batch["has"]["uv"] | batch["has"]["joints"]).any()) if known is None else known
-        found = {name: score_views(pred, batch) if known else against_labels(pred, batch)
-                 for name, pred in rows.items()}
-        parts.append({f"{row}/{metric}": x.cpu() for row, scores in found.items()
-                      for metric, x in scores.items()})
-    out: dict[str, dict[str, Tensor]] = {}
-    for name, column in gather(parts, len(data)).items():
-        out.setdefault(name.partition("/")[0], {})[name.partition("/")[2]] = column
-    return out
+        return outputs(label_rows(batch, size) | model_rows(models, batch), "")
+    return answer
 
 
-def against_labels(pred: dict[str, Tensor], batch: dict) -> dict[str, Tensor]:
-    """Where nothing is known but labels: distance to them, px of image, and the 20 bones' lengths."""
-    known = batch["view_ok"][..., None] & (batch["confidence"] > 0)
-    out = {"label_px_crop": epe(pred["uv"].flatten(0, 1), batch["uv_label"].flatten(0, 1),
-                                known.flatten(0, 1)).nanmean(1).view(known.shape[:2])}
-    parents = [0 if k % 4 == 1 else k - 1 for k in range(1, N_JOINTS)]
-    bones = (pred["joints"][:, :, 1:] - pred["joints"][:, :, parents]).norm(dim=-1)
-    return out if pred["joints"] is batch["joints"] else out | {
-        f"bone {k}": bones[..., k].double() for k in range(N_JOINTS - 1)}
+def against_labels(f: dict, hand: Mano | None = None) -> dict[str, Tensor]:
+    """Where nothing is known but labels: distance to them, px of image, and how far bones change.
 
-
-def bone_spread(scores: dict[str, Tensor]) -> dict[str, float]:
-    """Standard deviation over moments of a bone's length by its mean, mean over bones, percent.
-
-    Of each moment the first view that has the hand counts.
+    A protocol. The bones' spread is their lengths' standard deviation over moments by the mean; of
+    each moment the first view that has the hand counts.
     """
-    spreads = []
-    for x in (x for name, x in scores.items() if name.startswith("bone ")):              # (n, V)
-        known = x.isfinite()
-        length = x.gather(1, known.int().argmax(1, keepdim=True))[known.any(1), 0]
-        spreads.append(length.std() / length.mean())
-    return {"bone_spread_percent": 100 * float(torch.stack(spreads).mean())} if spreads else {}
+    batch, joints = f["batch"], f["joints"]
+    there = batch.get("view_ok", torch.ones_like(batch["joints_ok"][:, 0]))
+    known = there[:, None] & (batch["confidence"] > 0)
+    out = {"label_px_crop": epe(f["uv_image"], batch["uv_label"], known).nanmean(1)}
+    parents = [0 if k % 4 == 1 else k - 1 for k in range(1, N_JOINTS)]
+    bones = (joints[:, 1:] - joints[:, parents]).norm(dim=-1)
+    made = bones.isfinite().unflatten(0, (-1, batch.get("views", 1)))                # (B, V, 20)
+    first = made & (made.cumsum(1) == 1)
+    return out | {"bone_spread_percent": bones.masked_fill(~first.flatten(0, 1), math.nan)}
 
 
 def report(cfg: Config, out: Path, names: list[str], device: torch.device) -> None:
     """Score the last epoch of each row on the test split: table, metrics.json, pictures."""
-    found = {name: load_checkpoint(out / f"train-{name}" / "final.pt") for name in names}
-    models = {}
-    for name, content in found.items():
+    models: dict[str, HaMuCo] = {}
+    for name in names:
+        content = load_checkpoint(out / f"train-{name}" / "final.pt")
         models[name] = build(stored_config(Config, content["cfg"])).to(device).eval()
         models[name].load_state_dict(content["model"])
     test = open_rig(cfg, "test", device, live=cfg.quick)
@@ -1196,61 +1139,78 @@ def report(cfg: Config, out: Path, names: list[str], device: torch.device) -> No
     if not len(test):
         say(f"wrote {out}/finetune.pt; {' '.join(cfg.data)} has no test split, so nothing was scored")
         return
-    scores = evaluate_views(models, test, cfg, device)
-    metric = any("pa_mpjpe_mm" in row for row in scores.values())
-    blind = blind_scores(found[names[-1]]["mean"], test, cfg, metric)
-    rows, counts, key = {"mean_pose": blind}, {}, "pa_mpjpe_mm" if metric else "label_px_crop"
-    for row, columns in scores.items():
-        whole = {k: x for k, x in columns.items() if not k.startswith("bone ")}
-        rows[row] = summarise(whole)[0] | bone_spread(columns)
-        counts[row] = int((~whole[key].isnan()).sum()) if key in whole else 0
-    last = list(scores.values())[-1][key]
-    n = int(last.isfinite().sum())
-    if rank() != 0:
-        return
-    size = sum(p.numel() for p in models[names[-1]].parameters()) / 1e6
-    say("\n" + table(rows, COLUMNS))
-    most = max(counts.values())
+
+    def fig_4(f: dict, hand: Mano) -> dict[str, Tensor]:
+        """Share of joints within some px of a 256 px crop; a protocol."""
+        error = epe(f["uv_image"], f["batch"]["uv"]) * 256 / cfg.image_size
+        return {"within": shares_within(error)}
+
+    exam = Exam(test, cfg.data[0], hand_for(cfg.data[0], cfg.mano), device, cfg.workers,
+                {"labels": against_labels, "fig_4": fig_4})
+    rows, _ = assess(exam, predictor(models, cfg.image_size), content["mean"])
+    rows = {"mean_pose": rows.pop("mean_pose"), **rows}
+    learnt: dict[str, Row] = {}
+    if any("pa_mpjpe_mm" in row.means() for row in rows.values()):
+        train = open_rig(cfg, "train", device)              # Fig. 4, left: moments that were trained on
+        train = Rows(train, torch.linspace(0, len(train) - 1, min(128, len(train))).long())
+        exam = dataclasses.replace(exam, data=train, protocols={})
+        learnt, _ = assess(exam, predictor(models, cfg.image_size))
+    if rank() == 0:
+        conclude(cfg, out, rows, learnt, models[names[-1]])
+
+
+def conclude(cfg: Config, out: Path, rows: dict[str, Row], learnt: dict[str, Row], model: HaMuCo
+             ) -> None:
+    """Print and write what was found on test moments, and on those `learnt` from."""
+    protocol = "ours" if any(row.means() for row in rows.values()) else "labels"
+    means = {name: row.means(protocol) for name, row in rows.items()}
+    means["mean_pose"].pop("bone_spread_percent", None)     # a stiff hand; it would look perfect
+    *_, last = rows.values()
+    key = next(m for m in ("pa_mpjpe_mm", "epe_2d_px_crop", "label_px_crop")
+               if m in last.means(protocol) or m == "label_px_crop")
+    counts = {name: row.tallies[protocol].count(key) for name, row in rows.items() if row.predict}
+    n, most = last.tallies[protocol].count(key), max(counts.values())
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    test = last.exam.data
+    say("\n" + table(means, COLUMNS))
     if few := [f"{row} {count:,}" for row, count in counts.items() if 0 < count < most]:
         say(f"of {most:,} pictures these rows have fewer, for no hand could be made: {', '.join(few)}")
-    say(f"{n:,} pictures of {len(test):,} test moments scored, {last.numel() - n} left out; MPJPE is "
-        f"wrist-rooted, 2D in px of a crop {cfg.image_size} px wide; one seed ({cfg.seed}); {size:.1f} "
-        f"M parameters; boxes from {test.box_source}; the network sees {', '.join(sorted(HaMuCo.USES))}"
-        ", _center and _ransac also K")
-    entry = {"run": out.name, "n": n, "left_out": last.numel() - n, "box_source": test.box_source,
-             "uses": sorted(HaMuCo.USES)}
-    write_results(out / "metrics.json", cfg.data[0], entry | {"protocol": "ours", "rows": rows})
-    if metric:
-        two = training_2d(models, cfg, device)
+    say(f"{n:,} pictures of {len(test):,} test moments scored, {len(last.errors) - n} left out; MPJPE is "
+        f"wrist-rooted, 2D in px of a crop {cfg.image_size} px wide; one seed ({cfg.seed}); {size:.1f} M "
+        f"parameters; boxes from {test.box_source}; the network sees {', '.join(sorted(model.USES))}, "
+        "_center and _ransac also K")
+    entry = {"run": out.name, "n": n, "left_out": len(last.errors) - n, "box_source": test.box_source,
+             "uses": sorted(model.USES)}
+    write_results(out / "metrics.json", cfg.data[0], entry | {"protocol": "ours", "rows": means})
+    if learnt:
+        two = {name: {metric: x for metric, x in row.means().items() if "2d" in metric}
+               for name, row in kinds(learnt, SHEET).items()}
         say("on moments it was trained on, 2D error to the truth in px: "
-            + ", ".join(f"{row} {means['epe_2d_px_crop']:.2f}" for row, means in two.items()))
+            + ", ".join(f"{name} {row['epe_2d_px_crop']:.2f}" for name, row in two.items()))
         entry |= {"protocol": "training_2d", "rows": two}
         write_results(out / "metrics.json", cfg.data[0], entry)
-        draw_2d_curves(out / "pck_2d.png", models, test, cfg, device)
-    best = scores.get("fusion", scores[list(scores)[-1]])[key].nanmean(1)
-    draw_moments(out / "predictions.png", models, test, best, device)
+        lines = {name: (LIMITS, row.tallies["fig_4"].points("within"))
+                 for name, row in kinds(rows, SHEET[:4]).items()}
+        curve(out / "pck_2d.png", lines, "joints within a 2D distance", "px of a 256 px crop", "share")
+    draw_moments(out / "predictions.png", rows)
     say(f"wrote {', '.join(sorted(str(file) for file in out.glob('*.*')))}")
 
 
-def blind_scores(mean: dict[str, Any], test: Any, cfg: Config, metric: bool) -> dict[str, float]:
-    """The `mean_pose` row: every picture shows the training set's mean hand, in the same box."""
-    if metric:
-        hand = hand_for(cfg.data[0], cfg.mano)                                           # (17)
-        return summarise(mean_pose_scores(mean, EachView(test), hand))[0]
-    t = EachView(test).targets(torch.arange(len(EachView(test))))
-    guess = mean["uv"] * t["side_px"][:, None, None]
-    return {"label_px_crop": float(epe(guess, t["uv_label"], t["confidence"] > 0).nanmean(1).nanmean())}
+def kinds(rows: dict[str, Row], names: tuple[str, ...]) -> dict[str, Row]:
+    """The rows of some outputs, whatever variant their network is."""
+    return {name: row for name, row in rows.items() if name.partition("-")[0] in names}
 
 
-def training_2d(models: dict[str, HaMuCo], cfg: Config, device: torch.device
-                ) -> dict[str, dict[str, float]]:
-    """Fig. 4, left: 2D errors on (at most 128) moments that were trained on."""
-    data = open_rig(cfg, "train", device)
-    data = Rows(data, torch.linspace(0, len(data) - 1, min(128, len(data))).long())
-    found = evaluate_views(models, data, cfg, device)
-    shown = ("labels", "single_view", "single", "interaction", "fusion")
-    return {row: {k: float(x.nanmean()) for k, x in columns.items() if "2d" in k}
-            for row, columns in found.items() if row.partition("-")[0] in shown}
+def draw_moments(path: Path, rows: dict[str, Row]) -> None:
+    """predictions.png: two views each of the moments that fusion, or the last row, does best to worst."""
+    *_, judged = (kinds(rows, ("fusion",)) or rows).values()
+    errors = judged.errors.view(len(judged.exam.data), -1)
+    moments, names = best_median_worst(errors.nanmean(1), each=1)
+    if len(moments):
+        views = errors[moments].isnan().int().argsort(dim=1, stable=True)[:, :2]     # those that are there
+        picked = moments[:, None] * errors.shape[1] + views
+        draw_rows(path, kinds(rows, SHEET), picked.flatten(),
+                  [name for name in names for _ in views[0]])
 
 
 @torch.no_grad()
@@ -1263,55 +1223,6 @@ def draw_views(folder: Path, data: Any, cfg: Config, device: torch.device) -> No
     rows = [[draw_skeleton(denormalise(picture), points, width=200) for picture, points in zip(*both)]
             for both in zip(pictures, uv)]
     sheet(folder / "views.png", rows, [f"view {v}" for v in range(pictures.shape[1])])
-
-
-@torch.no_grad()
-def draw_2d_curves(path: Path, models: dict[str, HaMuCo], data: Any, cfg: Config,
-                   device: torch.device) -> None:
-    """Fig. 4: share of joints within a distance, in px of a 256 px crop, labels against predictions."""
-    errors: dict[str, list[Tensor]] = {}
-    for batch in batches(data, list(torch.arange(min(len(data), 256)).split(32)), device, cfg.workers):
-        batch = as_views(batch)
-        rows = {"labels": {"uv": batch["uv_label"]}} | model_rows(models, batch)
-        for name, pred in rows.items():
-            if name.partition("-")[0] in ("labels", "single_view", "single", "interaction"):
-                error = epe(pred["uv"].flatten(0, 1), batch["uv"].flatten(0, 1)) * 256 / cfg.image_size
-                errors.setdefault(name, []).append(error)
-    series = {name: tuple(x.cpu() for x in pck_curve(torch.cat(parts), 50.0))
-              for name, parts in errors.items()}
-    curve(path, series, "joints within a 2D distance", "px of a 256 px crop", "share")
-
-
-@torch.no_grad()
-def draw_moments(path: Path, models: dict[str, HaMuCo], data: Any, errors: Tensor,
-                 device: torch.device) -> None:
-    """The best, median and worst moment by `errors` (n,), two views each: labels, truth, predictions.
-
-    Beside them the skeletons seen from the side, the truth in grey.
-    """
-    order = errors.isfinite().nonzero()[:, 0]
-    if not len(order):
-        return
-    order = order[errors[order].argsort()]
-    index = torch.stack([order[0], order[len(order) // 2], order[-1]])
-    batch = as_views(to_device(next(batches(data, [index], device, 0)), device))
-    rows = model_rows(models, batch)
-    some = lambda *kinds: {name: pred for name, pred in rows.items() if name.partition("-")[0] in kinds}
-    drawn, sides = some("single_view", "interaction") or some("single"), some("single_view", "fusion")
-    known = bool(batch["has"]["uv"].any())
-    titles = ["labels", *["truth"] * known, *drawn, *(f"{name}, side" for name in sides)]
-    lines, names = [], []
-    for b, kind in enumerate(("best", "median", "worst")):
-        for v in batch["view_ok"][b].nonzero()[:2, 0].tolist():
-            image, true = batch["image"][b, v], batch["joints"][b, v]
-            over = lambda uv: draw_skeleton(image, uv, width=256)
-            shown = label(over(batch["uv_label"][b, v]), f"view {v}")
-            line = [shown, *([over(batch["uv"][b, v])] * known)]
-            line += [over(p["uv"][b, v]) for p in drawn.values()]
-            grey = true if true.isfinite().all() else None
-            line += [draw_side(p["joints"][b, v], 256, grey) for p in sides.values()]
-            lines, names = lines + [line], names + [kind]
-    sheet(path, lines, titles, names, width=1200)
 
 
 # ---- CLI -----------------------------------------------------------------------------------------

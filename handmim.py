@@ -103,7 +103,7 @@ from common import (
     unwrapped, view_intrinsics, warp, world)
 from hand.drawing import draw_skeleton, sheet
 from sources import batches, hand_for, open_data, training_steps
-from sources.judging import keep_best, launch, mean_hand, probe_error, report
+from sources.stages import keep_best, launch, mean_hand, probe_error, report
 from sources.photos import cut_photos
 
 import torch

@@ -81,7 +81,7 @@ from common import (
     steps_per_epoch, to_grey, transform, translation, uniform, view_intrinsics, warp, world)
 from hand.drawing import draw_skeleton, label, picture, sheet
 from sources import Source, batches, open_data, training_steps
-from sources.judging import keep_best, launch, mean_hand, report
+from sources.stages import keep_best, launch, mean_hand, report
 
 import torch
 import torch.nn.functional as F

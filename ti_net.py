@@ -79,7 +79,7 @@ from common import (
     save_checkpoint, say, settle, steps_per_epoch, transform, translation, uniform, unwrapped, warp)
 from hand.drawing import draw_skeleton, sheet
 from sources import Source, batches, hand_for, open_data, training_steps
-from sources.judging import keep_best, launch, mean_hand, probe_error, report
+from sources.stages import keep_best, launch, mean_hand, probe_error, report
 
 import torch
 from torch import Tensor, nn

@@ -8,8 +8,8 @@ import torch
 
 import common
 from hand.builtin import builtin_hand
-from sources.judging import mean_hand
-from sources.judging import mean_pose_scores
+from sources.predictors import blind
+from sources.stages import mean_hand
 from common import (
     UserError, auc, epe, f_score, mpjpe, n_mpjpe, pa_mpjpe, pck_2d, pck_curve, procrustes,
     score, summarise)
@@ -398,10 +398,11 @@ def test_the_mean_pose_row_judges_mean_joints_raw_and_the_mean_hand_aligned():
     flat = hand.joints(torch.eye(3).expand(1, 16, 3, 3), torch.full((1, 10), 2.0))[0]
     data.numbers["joints"][0] = 2 * flat + 5                       # aligned, it is the mean hand itself
     mean = mean_hand(labels())
-    scores = mean_pose_scores(mean, data, hand)
-    assert scores["pa_mpjpe_mm"][0] < 1e-2 and scores["pa_mpjpe_mm"][2].isnan()
-    assert scores["mpjpe_mm"][1] == pytest.approx(1000 * 0.1 * 20 / 21, rel=1e-5)
-    assert scores["epe_2d_px"][1] == 0
+    batch = data.numbers | {"image": torch.zeros(3, 3, 64, 64)}
+    raw, posed = (common.score(guess, batch) for guess in blind(mean, batch, hand))
+    assert posed["pa_mpjpe_mm"][0] < 1e-2 and posed["pa_mpjpe_mm"][2].isnan()
+    assert raw["mpjpe_mm"][1] == pytest.approx(1000 * 0.1 * 20 / 21, rel=1e-5)
+    assert raw["epe_2d_px"][1] == 0
 
 
 def test_place_finds_where_a_hand_stands_from_the_key_points_that_are_known():
@@ -436,5 +437,4 @@ def test_mean_hand_looks_at_the_whole_of_a_sorted_data_set():
             return {"pose": torch.full((len(index), 48), math.nan), "shape": torch.zeros(len(index), 10), "joints": joints,
                     "uv": torch.zeros(len(index), 21, 2), "side_px": torch.ones(len(index))}
 
-    from sources.judging import mean_hand
     assert float(mean_hand(Sorted(), 2)["joints"][1, 0]) == pytest.approx(2.0)

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import common
 import sources
 from sources import Source, open_data, training_steps
-from sources.judging import evaluate
+from sources.stages import evaluate
 from sources.loader import read_items
 import hamuco
 import handmim
@@ -25,7 +25,7 @@ import ti_net
 from common import (
     Log, UserError, load_checkpoint, open_out, parse, save_checkpoint, settle, share,
     steps_per_epoch)
-from sources.judging import table, write_results
+from sources.tables import STAGE, table, write_results
 
 ROOT = Path(__file__).parent.parent
 FIRST = ["--data", "synthetic:calm", "--decoder-width", "4", "--probe-every", "0"]       # flags of pre-training
@@ -315,7 +315,7 @@ def test_results_hold_one_entry_a_run_and_protocol(tmp_path):
 
 
 def test_table_shows_missing_scores_as_dashes():
-    lines = table({"a": {"mpjpe_mm": 12.345}, "b": {"mpjpe_mm": 2.0, "auc": 0.5}}).splitlines()
+    lines = table({"a": {"mpjpe_mm": 12.345}, "b": {"mpjpe_mm": 2.0, "auc": 0.5}}, STAGE).splitlines()
     assert lines[0].split() == ["|", "row", "|", "mpjpe_mm", "|", "auc", "|"]
     assert lines[2].split() == ["|", "a", "|", "12.35", "|", "-", "|"] or "12.34" in lines[2]
     assert lines[3].split() == ["|", "b", "|", "2.00", "|", "0.500", "|"]

@@ -13,6 +13,7 @@ from sources import dexycb, freihand, hanco, ho3d, interhand, yt3d
 from sources.submission import write_submission
 from common import Mano, UserError, axis_angle_to_matrix, guarded, save_checkpoint
 from hand.builtin import builtin_hand
+from sources.tally import Tally
 
 SMALL = dict(backbone="resnet10", image_size=32)
 
@@ -60,7 +61,7 @@ def test_a_backbone_file_is_not_a_run(tmp_path):
 
 def means(values):
     """The means of a protocol's values, as tables show them."""
-    every = judge.Tally(len(next(iter(values.values()))))
+    every = Tally(len(next(iter(values.values()))))
     every.add(torch.arange(every.n), values)
     return every.means()
 

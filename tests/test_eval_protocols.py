@@ -23,6 +23,11 @@ from sources.pictures import _hand_detector
 from sources.loader import read_items
 from sources.pictures import detect_hands
 from sources.synthetic import Synthetic
+from sources import judging
+from sources.judging import Exam, Row
+from sources.predictors import Net, as_pictures, redefined
+from sources.tables import differences
+from sources.tally import Tally
 import eval as judge
 import peclr
 import ti_net
@@ -51,6 +56,11 @@ def run_of(folder, module=ti_net, row=None, seed=0, weights=0, **options):
     save_checkpoint(folder / "finetune.pt", {"method": name, "cfg": dataclasses.asdict(cfg), "row": row or name,
                                              "epoch": 1, "mean": mean, "model": model.state_dict()})
     return folder
+
+
+def net_of(row):
+    """A network that only has a name, and says what it stores."""
+    return Net(row, "ti_net", None, None, row, {}, 64, 2.0)
 
 
 @pytest.fixture
@@ -129,7 +139,7 @@ def test_intaghand_roots_at_the_middle_knuckle_and_scales_its_bone():
 
 def test_a_tally_averages_points_over_samples_first_unless_they_are_pooled():
     x = torch.tensor([[1.0, 10], [3, math.nan], [5, math.nan]])
-    t = judge.Tally(3)
+    t = Tally(3)
     t.add(torch.tensor([0, 1]), {"macro": x[:2], "pooled": x[:2, :, None], "one": x[:2, 0]})
     t.add(torch.tensor([2]), {"macro": x[2:], "pooled": x[2:, :, None], "one": x[2:, 0]})
     assert t.means() == {"macro": (3 + 10) / 2, "pooled": 19 / 4, "one": 3}
@@ -139,7 +149,7 @@ def test_intervals_have_the_width_of_the_mean_s_standard_error():
     """1.96 sigma / sqrt(n) each side, also where 20,000 samples share 4,096 blocks; and no two calls differ."""
     for n in (400, 20_000):
         x = common.normal(torch.arange(n), 1, 3, "test")[:, 0].double()
-        t = judge.Tally(n)
+        t = Tally(n)
         t.add(torch.arange(n), {"x": x})
         low, high = t.intervals()["x"]
         assert (high - low) / 2 == pytest.approx(1.96 * float(x.std()) / math.sqrt(n), rel=0.08)
@@ -149,28 +159,27 @@ def test_intervals_have_the_width_of_the_mean_s_standard_error():
 def test_differences_are_paired():
     """A row that is 1 mm worse on every sample: no doubt about the difference, however the samples vary."""
     x = 30 + 20 * common.uniform(torch.arange(200), 1, 0, "test")[:, 0]
-    rows = {}
+    rows, exam = {}, Exam(range(200), "coco", None, None)
     for name, shift in (("a", 0.0), ("b", 1.0)):
-        rows[name] = judge.new_row(200, {}, types.SimpleNamespace(cfg=None, module=types.SimpleNamespace(
-            stored_side=lambda cfg: 1, MARGIN=1)), name)
+        rows[name] = Row(exam, net_of(name), name)
         rows[name].tallies["ours"].add(torch.arange(200), {"mpjpe_mm": x + shift})
-    assert "| b - a             | 1.00 [1.00, 1.00]* |" in judge.differences(rows, "ours", "a", "coco")
+    assert "| b - a             | 1.00 [1.00, 1.00]* |" in differences(rows, "ours", "a", "coco")
 
 
 def test_a_median_is_kept_in_a_histogram():
-    t = judge.Tally(101)
+    t = Tally(101)
     t.add(torch.arange(101), {"x_median": torch.arange(101.0)[:, None]})
     assert t.means()["x_median"] == pytest.approx(50, abs=0.02)
 
 
 def test_the_memory_of_a_tally_does_not_grow():
     """850,000 sets in parts are the mean of all, in as many numbers as 4,096 sets."""
-    t, total = judge.Tally(850_000), 0.0
+    t, total = Tally(850_000), 0.0
     for rows in torch.arange(850_000).split(50_000):
         x = common.uniform(rows, 21, 0, "test")
         total += float(x.double().sum())
         t.add(rows, {"x": x})
-    assert t.sums["x"].shape == (4096, 21, 2) and t.means()["x"] == pytest.approx(total / 850_000 / 21, abs=1e-9)
+    assert t.sums["x"].shape == (4096, 21, 3) and t.means()["x"] == pytest.approx(total / 850_000 / 21, abs=1e-9)
 
 
 # ---- What a prediction looks like ----
@@ -306,9 +315,8 @@ def test_dexycb_s_file_has_a_line_a_frame_in_millimetres_with_left_hands_given_b
     """image_id, then 63 numbers; the left hand, read mirrored, gets its x back."""
     index = Index("dexycb:s1 test", "", {"paths": np.array([b"a", b"b"]), "image_id": np.array([4, 9])})
     f = truth(2) | {"left": torch.tensor([False, True])}
-    kept = {}
-    judge.keep(kept, f, submit=True, pairs=False)
-    file = dexycb.submit_dexycb(tmp_path, index, kept["parts"][0])
+    exam = Exam(None, "dexycb:s1", None, None, submit=True)
+    file = dexycb.submit_dexycb(tmp_path, index, judging._keep(f, exam))
     lines = [line.split(",") for line in file.read_text().splitlines()]
     assert [line[0] for line in lines] == ["4", "9"] and [len(line) for line in lines] == [64, 64]
     assert float(lines[0][4]) == pytest.approx(1000 * float(f["camera"][0, 1, 0]), abs=1e-3)
@@ -348,7 +356,7 @@ class Moments(Source):
 def test_moments_become_pictures_without_truth_where_a_view_is_missing():
     data = Moments()
     batch = collate([data[0], data[1]]) | {"index": torch.tensor([3, 4])}
-    flat = judge.as_pictures(batch)
+    flat = as_pictures(batch)
     assert flat["index"].tolist() == [9, 10, 11, 12, 13, 14] and flat["side"] == ["right"] * 6
     assert flat["image"].shape[:2] == (6, 3) and torch.equal(flat["uv"][4], batch["uv"][1, 1])
     assert flat["joints_ok"].any(1).tolist() == [True, True, False, True, True, True]
@@ -374,8 +382,9 @@ def test_named_outputs_of_several_views_are_rows_and_missing_views_do_not_count(
             return {"single": {"joints": joints, "uv": uv}, "fusion": {"joints": fusion, "uv": uv}}
 
     module = types.SimpleNamespace(__name__="stand_in", Config=ti_net.Config, build=lambda cfg: Net(), MARGIN=1.7,
-                                   stored_side=lambda cfg: 32, open_rig=lambda cfg, split, device: Moments())
+                                   stored_side=lambda cfg: 32)
     monkeypatch.setitem(judge.METHODS, "stand_in", module)
+    monkeypatch.setattr(judge, "open_data", lambda *given, **more: Moments())
     monkeypatch.setitem(judge.PROTOCOLS, "synthetic", {"hanco": hanco.hanco_scores})
     run_of(here / "old")
     content = common.load_checkpoint("old/finetune.pt")
@@ -577,11 +586,11 @@ def test_a_mesh_s_joints_are_those_of_the_data_set_it_is_tested_on(trained, test
     torch.manual_seed(0)
     R, shape = axis_angle_to_matrix(0.3 * torch.randn(2, 16, 3)), torch.randn(2, 10)
     tips = {"synthetic": "smplx", "freihand": "freihand", "ho3d": "ho3d", "dexycb": "manopth"}
-    hand = Mano(builtin_hand(), tips[tested])
+    hand = sources.hand_for(tested, "builtin")
     verts, joints = Mano(builtin_hand(), tips[trained])(R, shape)
     move, root = torch.tensor([0.1, 0.2, 0.3]), torch.full((2, 3), 0.5)
     pred = {"joints": joints + move, "verts": verts + move, "pose": R, "shape": shape, "root": root}
-    got = judge.redefined(pred, trained, tested, hand)
+    got = redefined(pred, trained, tested, hand)
     if trained == tested:
         assert got is pred
         return
@@ -590,7 +599,7 @@ def test_a_mesh_s_joints_are_those_of_the_data_set_it_is_tested_on(trained, test
     others = hand.regress(verts) if tested == "freihand" else hand.joints(R, shape)
     assert torch.allclose(got["joints"], others + move, atol=1e-5)
     assert torch.allclose(got["root"] - got["joints"][:, 0], root - pred["joints"][:, 0], atol=1e-6)
-    assert judge.redefined({"joints": joints}, trained, tested, hand)["joints"] is joints             # no mesh
+    assert redefined({"joints": joints}, trained, tested, hand)["joints"] is joints             # no mesh
 
 
 def test_a_network_with_a_mesh_is_refused_with_another_hand(here):
@@ -626,14 +635,14 @@ def test_runs_that_call_their_rows_alike_keep_all_of_them(here, capsys):
 
 def test_differences_are_of_the_same_samples_only():
     def row_of(values, n=8, rooted=True):
-        net = types.SimpleNamespace(module=types.SimpleNamespace(stored_side=lambda cfg: 64, MARGIN=2.0), cfg=None)
-        row = judge.Row({"ours": judge.Tally(n)}, judge.Tally(n), net, rooted=rooted)
+        row = Row(Exam(range(n), "coco", None, None), net_of("x"))
+        row.rooted = rooted
         row.tallies["ours"].add(torch.arange(len(values)), {"mpjpe_mm": torch.tensor(values), "abs_mpjpe_mm": torch.tensor(values)})
         return row
     flat = [10.0] * 8
     rows = {"a": row_of(flat), "b": row_of([11.0] * 8), "fewer": row_of([9.0] * 7 + [math.nan]), "larger": row_of(flat, 9),
             "blind": row_of(flat, rooted=False)}
-    lines = {line.split("|")[1].strip(): line for line in judge.differences(rows, "ours", "a", "coco").splitlines() if " - a" in line}
+    lines = {line.split("|")[1].strip(): line for line in differences(rows, "ours", "a", "coco").splitlines() if " - a" in line}
     assert "1.00 [1.00, 1.00]*" in lines["b - a"]
     assert lines["fewer - a"].count("other samples") == 2 and lines["larger - a"].count("other samples") == 2
     cells = [cell.strip() for cell in lines["blind - a"].split("|")]

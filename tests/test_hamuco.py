@@ -23,7 +23,9 @@ from sources.pictures import _hand_detector
 from sources.synthetic import LENGTH
 from sources.synthetic import Synthetic
 import hamuco
-from common import UserError, axis_angle_to_matrix, matrix_to_axis_angle, six_d_to_matrix
+from common import UserError, axis_angle_to_matrix, matrix_to_axis_angle, score, six_d_to_matrix
+from sources.judging import only_made
+from sources.predictors import as_pictures, outputs
 from sources import Rig
 from sources.cameras import index_cameras
 from sources.hanco import index_hanco
@@ -860,7 +862,9 @@ def test_a_moment_with_one_view_is_scored_like_any_other():
         assert rows[name]["joints"][0].isnan().all() and rows[name]["joints"][1:].isfinite().all(), name
     assert rows["fusion"]["joints"][0, 0].isfinite().all()
     batch |= {"joints_ok": torch.ones(3, 3, 21, dtype=torch.bool), "crop": torch.eye(3).expand(3, 3, 3, 3)}
-    scores = hamuco.score_views(rows["ransac_huber"], batch)["mpjpe_mm"]
+    pictures = as_pictures(batch | {"index": torch.arange(3), "side": ["right"] * 3})
+    refined = outputs(rows, "")["ransac_huber"]
+    scores = score(refined, only_made(refined, pictures))["mpjpe_mm"].view(3, 3)
     assert scores[0].isnan().all() and scores[1:].isfinite().all()
 
 

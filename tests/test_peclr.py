@@ -848,7 +848,7 @@ def test_refinement_does_not_reach_the_encoder(hands):
 
 
 def test_the_head_starts_at_the_training_set_s_mean(tmp_path):
-    from sources.judging import mean_hand
+    from sources.stages import mean_hand
     data = Synthetic(48, 64, 0, "train", calm=True, margin=peclr.MARGIN)
     model = HandNet(Config(**TINY))
     peclr.start_at_mean(model, data, mean_hand(data))

@@ -6,5 +6,5 @@ FAULTS = [
      "sources/test_data.py", "interhand"),
     ("sources/hands.py", 'M[v] = D @ index.columns["cameras"][row] @ D',
      'M[v] = index.columns["cameras"][row]', "test_hamuco.py", "left_hands_are_mirrored"),
-    ("sources/judging.py", '"joints": mean(t["joints"] - t["joints"][:, :1]),', '"joints": mean(t["joints"]),', "test_common_metrics.py", "mean_hand_is_rooted"),
+    ("sources/stages.py", '"joints": mean(t["joints"] - t["joints"][:, :1]),', '"joints": mean(t["joints"]),', "test_common_metrics.py", "mean_hand_is_rooted"),
 ]
