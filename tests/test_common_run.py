@@ -14,17 +14,12 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import common
-import sources
-from sources import Source, open_data, training_steps
-from sources.stages import evaluate
-from sources.loader import read_items
 import hamuco
 import handmim
 import peclr
 import ti_net
 from common import (
-    Log, UserError, load_checkpoint, open_out, parse, save_checkpoint, settle, share,
-    steps_per_epoch)
+    Log, UserError, load_checkpoint, open_out, parse, save_checkpoint, settle, share)
 from sources.tables import STAGE, table, write_results
 
 ROOT = Path(__file__).parent.parent
@@ -47,25 +42,6 @@ def test_defaults_match_the_paper_or_say_why(script):
             assert field.default == note["paper"] or note["why"], f"{field.name}: differs without a why"
         if note["finetune"] is not common.SILENT:
             assert note["finetune_why"] or note["finetune"] == note["finetune_paper"], field.name
-
-
-def test_samples_taken_again_get_numbers_of_their_own():
-    """Five samples, a batch of eight: three come twice, and a second view of one must not equal its first."""
-    class Numbers(Source):
-        batches = read_items
-
-        def __len__(self):
-            return 5
-
-        def __getitem__(self, row):
-            return {"value": row}
-
-    cfg = ti_net.Config(batch_size=8, micro_batch=8, workers=0)
-    (_, (batch,)), = training_steps(Numbers(), cfg, 0, 0, torch.device("cpu"))
-    assert sorted(batch["index"].tolist()) != batch["value"].tolist() and len(batch["index"].unique()) == 8
-    assert torch.equal(batch["index"] % 5, batch["value"])
-    (_, (batch,)), = training_steps(Numbers(), cfg, 0, 0, torch.device("cpu"), torch.tensor([1, 6, 11, 0, 2, 3, 4, 9]))
-    assert batch["value"].tolist() == [1, 1, 1, 0, 2, 3, 4, 4] and batch["index"].tolist() == [1, 6, 11, 0, 2, 3, 4, 9]
 
 
 def test_ti_net_s_paper_values_are_those_of_section_4_1():
@@ -344,36 +320,7 @@ def test_a_wrapped_network_is_unwrapped_and_synchronised_once_a_step(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-# ---- Batches
-
-
-class Numbers(Source):
-    """Sample i is the number i."""
-
-    batches = read_items
-
-    def __init__(self, n):
-        self.n = n
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, i):
-        return {"x": torch.tensor(i)}
-
-
-@pytest.mark.parametrize("n, workers", [(50, 0), (50, 2), (3, 0)])
-def test_an_epoch_visits_samples_once_and_goes_on_where_it_stopped(n, workers):
-    cfg = ti_net.Config(batch_size=8, micro_batch=4, workers=workers)
-    whole = list(training_steps(Numbers(n), cfg, 1, 0, torch.device("cpu")))
-    assert len(whole) == steps_per_epoch(n, 8) == max(1, n // 8)
-    order = torch.cat([b["x"] for _, micro in whole for b in micro])
-    assert torch.equal(order, torch.cat([b["index"] for _, micro in whole for b in micro]) % n)
-    assert len(set(order.tolist())) == min(n, len(order))
-    if n > 8:
-        rest = list(training_steps(Numbers(n), cfg, 1, 3, torch.device("cpu")))
-        assert [s for s, _ in rest] == [3, 4, 5]
-        assert torch.equal(rest[0][1][1]["x"], whole[3][1][1]["x"])
+# ---- Processes
 
 
 def test_micro_batches_must_be_shared_evenly(monkeypatch):
@@ -382,26 +329,6 @@ def test_micro_batches_must_be_shared_evenly(monkeypatch):
         share(68, 17)
     monkeypatch.setattr("common.rank", lambda: 2)
     assert list(share(48, 8)) == [4, 5]
-
-
-def test_synthetic_hands_and_a_folder_make_one_data_set(tmp_path):
-    from PIL import Image
-    (tmp_path / "photos").mkdir()
-    for k in range(3):
-        Image.new("RGB", (50, 40), (80 * k, 0, 0)).save(tmp_path / "photos" / f"{k}.png")
-    cfg = ti_net.Config(samples=5, cache=str(tmp_path / "cache"), workers=0)
-    both = open_data(cfg, ("synthetic:calm", f"folder={tmp_path / 'photos'}"), "train", 32, 1.7,
-                            torch.device("cpu"))
-    assert len(both) == 8
-    batch = next(sources.batches(both, [torch.tensor([6, 1, 7])], torch.device("cpu"), 0))
-    assert batch["has"]["pose"].tolist() == [False, True, False] and batch["image"].shape == (3, 3, 32, 32)
-    found = both.targets(torch.tensor([6, 1]))
-    assert found["joints"][0].isnan().all() and torch.equal(found["joints"][1], batch["joints"][1])
-
-
-def test_scoring_an_empty_data_set_gives_no_scores():
-    model = torch.nn.Module()
-    assert evaluate(model, Numbers(0), ti_net.Config(workers=0), torch.device("cpu")) == {}
 
 
 # ---- Whole runs

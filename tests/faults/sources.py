@@ -1,6 +1,9 @@
 """Faults of sources: file, line as it stands, line as broken, the test file and the part of the test's name."""
 
 FAULTS = [
+    ("sources/loader.py", "order = torch.cat([order + k * again for k in", "order = torch.cat([order for k in", "sources/test_loader.py", "taken_again"),
+    ("sources/loader.py", "micro = order.view(steps, -1, cfg.micro_batch)[first:,", "micro = order.view(steps, -1, cfg.micro_batch)[:steps - first,",
+     "sources/test_loader.py", "goes_on_where"),
     ("sources/interhand.py", "INTERHAND_TO_OURS = (20, 3, 2, 1, 0,", "INTERHAND_TO_OURS = (20, 0, 1, 2, 3,", "sources/test_data.py", "interhand"),
     ("sources/interhand.py", 'joints = np.einsum("nij,nkj->nki", column["R"], joints) / 1000', 'joints = np.einsum("nij,nkj->nki", column["R"], joints) / 100',
      "sources/test_data.py", "interhand"),
