@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 
 import ti_net
-from common import axis_angle_to_matrix, matrix_to_axis_angle, permutation, uniform, warp
+from common import Mano, matrix_to_axis_angle, permutation, uniform, warp
+from hand.builtin import builtin_hand
+from sources import Source, open_data
+from sources.judging import mean_hand
 from ti_net import Config, HandNet, TINet
 
 PI = math.pi
@@ -171,7 +174,8 @@ def pretraining_oracle(model, image, index, epoch, cfg):
     single = A_FIRST + (B_THEN[1:] if "five-ordinary" in variant else [])
     angles = 2 * PI * uniform(index, 4, cfg.seed, "ti_net angles", epoch).double()
     crops = uniform(index, 5, cfg.seed, "ti_net crop", epoch).double()
-    wanted = list(dict.fromkeys([(0, (0, 0, 0, 0))] + [ONCE[one] for one in single] + sum(table, [])))
+    wanted = list(dict.fromkeys([(0, (0, 0, 0, 0))] + [ONCE[one] for one in single]
+                                 + [entry for row in table for entry in row]))
     assert len(wanted) == (11 if alg_1 else 14 if "five-ordinary" in variant else 12)
     S, pictures = cfg.image_size, {}
     for entry in wanted:
@@ -229,3 +233,375 @@ def test_pretraining_step_equals_algorithm_1_typed_out(small, variant):
             assert float(found[name].detach()) == pytest.approx(value, rel=1e-6, abs=1e-10), name
     assert abs(float(expected[0]["loss"]) - float(expected[1]["loss"])) > 1e-4
     assert_same_gradients(model, gradients(model, loss))
+
+
+# ---- Fine-tuning: one step
+
+
+def rodrigues(v):
+    """(3,) axis-angle -> (3, 3), as the exponential of the cross-product matrix."""
+    x, y, z = v
+    zero = torch.zeros(())
+    return torch.matrix_exp(torch.stack([zero, -z, y, z, zero, -x, -y, x, zero]).view(3, 3))
+
+
+def middle_crop(side, S):
+    """Stored picture (1.7 x the hand's box) -> the network's S px (1.2 x the box), typed from docstring 14."""
+    s = S / (side * 1.2 / 1.7)
+    return matrix([[s, 0, (S - 1) / 2 - s * (side - 1) / 2], [0, s, (S - 1) / 2 - s * (side - 1) / 2], [0, 0, 1]])
+
+
+def finetuning_oracle(model, batch, S):
+    """The supervised terms of one micro-batch, hand by hand, joint by joint -> its terms (docstring 14)."""
+    w, B, side = dict(model.named_parameters()), len(batch["image"]), batch["image"].shape[-1]
+    A = middle_crop(side, S)
+    seen = normalised(warp(batch["image"], A.expand(B, 3, 3), S))
+    f = model.backbone(seen)[-1].mean((2, 3))
+    layer = lambda part, k, x: x @ w[f"{part}.{k}.weight"].T + w[f"{part}.{k}.bias"]
+    theta = layer("head", 4, layer("head", 2, layer("head", 0, f).relu()).relu())
+    extra = layer("extra", 2, layer("extra", 0, torch.cat([f.detach(), theta.detach()], 1)).relu())
+    sums, counts = dict.fromkeys(("L_theta", "L_joints", "L_beta", "L_camera"), 0.0), dict.fromkeys(
+        ("L_theta", "L_joints", "L_beta", "L_camera"), 0)
+    for i in range(B):
+        has, beta, camera = {k: bool(v[i]) for k, v in batch["has"].items()}, extra[i, :10], extra[i, 10:]
+        R = torch.stack([rodrigues(theta[i, 3 * j:3 * j + 3]) for j in range(16)])
+        joints = model.mano.joints(R[None], beta.detach()[None])[0].double()
+        joints = joints - joints[0]
+        if has["pose"]:
+            for j in range(16):
+                sums["L_theta"] += (R[j] - rodrigues(batch["pose"][i, 3 * j:3 * j + 3])).abs().sum()
+            counts["L_theta"] += 1
+        elif batch["joints_ok"][i, 0] and batch["joints_ok"][i].any():
+            for j in range(21):
+                if batch["joints_ok"][i, j]:
+                    true = batch["joints"][i, j] - batch["joints"][i, 0]
+                    sums["L_joints"] += 10 * (joints[j] - true).abs().sum()
+            counts["L_joints"] += 1
+        if has["shape"]:
+            sums["L_beta"] += (beta - batch["shape"][i]).square().sum() / 10
+            counts["L_beta"] += 1
+        for j in range(21):
+            true = A[:2, :2] @ batch["uv"][i, j] + A[:2, 2]
+            if true.isfinite().all():
+                # weak perspective: at camera 0 a metre spans ten half crops, from the crop's middle
+                place = 10 * camera[0].exp() * joints[j, :2].detach() + camera[1:]
+                sums["L_camera"] += (((S - 1) / 2 + S / 2 * place - true) / S).abs().sum()
+                counts["L_camera"] += 1
+    terms = {name: sums[name] / max(1, counts[name]) for name in sums}
+    return terms | {"loss": terms["L_theta"] + terms["L_joints"] + terms["L_beta"] + terms["L_camera"]}
+
+
+def labelled_batch(seed, pose, shape, no_wrist, side=34):
+    """Four hands: `pose`, `shape` say who has them; `no_wrist` has no wrist; every hand lacks other joints."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)
+    batch = {"image": smooth_pictures(4, side, seed), "index": torch.arange(4), "pose": 0.4 * draw(4, 48),
+             "shape": draw(4, 10), "joints": 0.05 * draw(4, 21, 3) + torch.tensor([0.1, 0.0, 0.6]),
+             "uv": side / 2 + 6 * draw(4, 21, 2)}
+    batch["has"] = {"pose": torch.tensor(pose), "shape": torch.tensor(shape), "joints": torch.tensor([True] * 4)}
+    batch["pose"][~batch["has"]["pose"]], batch["shape"][~batch["has"]["shape"]] = math.nan, math.nan
+    for i in range(4):
+        batch["joints"][i, 3 * i + 2:3 * i + 4], batch["uv"][i, 4 * i + 1] = math.nan, math.nan
+    batch["joints"][no_wrist, 0], batch["uv"][2] = math.nan, math.nan
+    return batch | {"joints_ok": batch["joints"].isfinite().all(-1)}
+
+
+HANDS = [dict(seed=1, pose=[True, False, False, False], shape=[True, False, True, False], no_wrist=3),
+         dict(seed=2, pose=[False, True, False, True], shape=[False, False, False, True], no_wrist=0)]
+
+
+def hand_net(**more):
+    torch.manual_seed(0)
+    cfg = Config(image_size=16, mano="builtin", finetune="synthetic", **more)
+    model = HandNet(cfg)
+    model.mano = Mano(builtin_hand(), dtype=torch.float64)
+    with torch.no_grad():
+        model.head[-1].weight.normal_(0, 0.02)
+        model.head[-1].bias.normal_(0, 0.4)
+        model.extra[-1].weight.normal_(0, 0.05)
+        model.extra[-1].bias.normal_(0, 0.3)
+    return cfg, model
+
+
+def test_finetuning_step_equals_the_text_typed_out(small):
+    cfg, model = hand_net()
+    loss = 0.0
+    for hands in HANDS:
+        batch = labelled_batch(**hands)
+        expected = finetuning_oracle(model, batch, 16)
+        loss = loss + expected["loss"] / 2
+        found = ti_net.finetune_step(model, batch, cfg)
+        (found["loss"] / 2).backward()
+        for name, value in expected.items():
+            assert float(value.detach()) > 0.01, f"{name}: nothing to see"
+            assert float(found[name].detach()) == pytest.approx(float(value.detach()), rel=1e-6), name
+    assert_same_gradients(model, gradients(model, loss))
+
+
+def test_a_hand_without_any_label_leaves_every_gradient_finite(small):
+    cfg, model = hand_net()
+    batch = labelled_batch(**HANDS[0])
+    for key in ("pose", "shape", "joints", "uv"):
+        batch[key][1:] = math.nan
+    batch["has"] = {key: torch.tensor([True, False, False, False]) for key in batch["has"]}
+    batch["joints_ok"] = batch["joints"].isfinite().all(-1)
+    ti_net.finetune_step(model, batch, cfg)["loss"].backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+# ---- Prediction is training's twin
+
+
+def test_what_predict_answers_costs_the_step_nothing(small):
+    """Same crop, normalisation, joints and units: the answer to a picture, taken as its label, has no loss."""
+    cfg, model = hand_net()
+    model.eval()
+    batch, seen = labelled_batch(**HANDS[0]), []
+    model.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    model.backbone.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    before = ti_net.finetune_step(model, batch, cfg)
+    with torch.no_grad():
+        answer = model.predict({"image": batch["image"]})
+    assert len(seen) == 4 and all(torch.equal(x, seen[0]) for x in seen)
+    yes = torch.ones(4, dtype=torch.bool)
+    somewhere = torch.tensor([0.1, -0.2, 0.7])
+    label = {"joints": answer["joints"].double() + somewhere, "joints_ok": yes[:, None].expand(4, 21),
+             "pose": matrix_to_axis_angle(answer["pose"].double()).flatten(1), "shape": answer["shape"], "uv": answer["uv"]}
+    for has_pose in (True, False):
+        has = {"pose": yes & has_pose, "shape": yes, "joints": yes}
+        terms = ti_net.finetune_step(model, batch | label | {"has": has}, cfg)
+        for name in ("L_theta", "L_joints", "L_beta", "L_camera"):
+            assert float(terms[name].detach()) < 1e-4 * float(before[name].detach()), name
+    # the mesh moves with the joints, and the joints are rooted
+    hand = Mano(builtin_hand())
+    verts, joints = hand(answer["pose"].float(), answer["shape"].float())
+    assert torch.allclose(answer["verts"].float(), verts - joints[:, :1], atol=1e-5)
+    assert answer["joints"][:, 0].abs().max() == 0
+
+
+def test_the_network_and_its_judge_see_the_same_middle_of_the_picture():
+    """1.2 of the 1.7 x box that is stored, whole pixels where they fall on each other, ImageNet's normalisation."""
+    picture = torch.randint(0, 256, (2, 3, 34, 34), dtype=torch.uint8)
+    crops, A = ti_net.hand_view(picture, 24)                              # 34 x 1.2 / 1.7 = 24: no resizing
+    assert torch.allclose(A[0].double(), middle_crop(34, 24), atol=1e-5)
+    assert torch.allclose(crops.double(), normalised(picture[:, :, 5:29, 5:29].double()), atol=1e-4)
+
+
+# ---- Three steps and more of the real loops, beside a hand-written AdamW
+
+
+plain_pretrain_step = ti_net.pretrain_step                                # whatever a test puts in their place
+plain_finetune_step = ti_net.finetune_step
+
+
+class Little(Source):
+    """Some synthetic hands, held in memory; 24 px of 1.7 x the box."""
+
+    name, box_source = "little", "annotated"
+
+    def __init__(self, count, seed, cache):
+        cfg = Config(samples=count, seed=seed, mano="builtin", cache=str(cache))
+        rendered, rows = open_data(cfg, ("synthetic:calm",), "train", 24, 1.7, CPU), torch.arange(count)
+        self.all, self.labels = next(rendered.batches([rows], CPU, 0)), rendered.targets(rows)
+
+    def __len__(self):
+        return len(self.all["image"])
+
+    def _rows(self, held, rows):
+        pick = lambda x: x[rows] if isinstance(x, torch.Tensor) else [x[i] for i in rows.tolist()]
+        return {k: {n: x[rows] for n, x in v.items()} if isinstance(v, dict) else pick(v) for k, v in held.items()}
+
+    def batches(self, plan, device, workers):
+        return (self._rows(self.all, rows) for rows in plan)
+
+    def targets(self, rows):
+        return self._rows(self.labels, rows)
+
+
+@pytest.fixture(scope="module")
+def hands(tmp_path_factory):
+    """What the stages open: 14 hands to train on, 5 to validate on (rendered in float32, so before `small`)."""
+    cache = tmp_path_factory.mktemp("cache")
+    return {"train": Little(14, 3, cache), "val": Little(5, 4, cache)}
+
+
+class Watched:
+    """Runs a stage and keeps what is seen at every step: modes, samples, weights after it, its log."""
+
+    def __init__(self, monkeypatch, stage, hands):
+        self.steps, self.states, self.logged, self.asked = [], [], [], []
+        plain = getattr(ti_net, f"{stage}_step")
+
+        def step(net, batch, *rest):
+            modes = {name: module.training for name, module in net.named_modules()}
+            self.steps.append((batch["index"].tolist(), rest[1:], modes))
+            return plain(net, batch, *rest)
+
+        watched = self
+
+        class Run(ti_net.Run):
+            def advance(self, sums, epoch, lr, may_save):
+                watched.states.append({k: v.clone() for k, v in self.model.state_dict().items()})
+                watched.logged.append((lr, {k: float(v) for k, v in sums.items()}))
+                super().advance(sums, epoch, lr, may_save)
+
+        def opened(cfg, specs, split, *rest, **more):
+            self.asked.append((specs, split, rest[:2], more))
+            return hands[split]
+
+        monkeypatch.setattr(ti_net, f"{stage}_step", step)
+        monkeypatch.setattr(ti_net, "Run", Run)
+        monkeypatch.setattr(ti_net, "open_data", opened)
+
+
+def by_hand(model, data, cfg, step, rates, betas, clip):
+    """The weights after every step: gradients of whole batches, clip, AdamW, BatchNorm's means, all written out."""
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    seen = {layer: [] for layer in layers}
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, x: seen[layer].append(
+            (x[0].detach().mean((0, 2, 3)), x[0].detach().var((0, 2, 3), correction=1))))
+    states, norms, t, steps = [], [], 0, len(data) // cfg.batch_size
+    for epoch in range(cfg.epochs):
+        order = permutation(len(data), cfg.seed, epoch)
+        for number in range(steps):
+            rows = order[number * cfg.batch_size:(number + 1) * cfg.batch_size].split(cfg.micro_batch)
+            before = [(layer.running_mean.clone(), layer.running_var.clone()) for layer in layers]
+            total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+            for layer in layers:
+                seen[layer].clear()
+            for some in rows:
+                batch = next(data.batches([some], CPU, 0)) | {"index": some}
+                model.train()
+                for name, g in gradients(model, step(model, batch, cfg, epoch)["loss"]).items():
+                    total[name] += g / len(rows)
+            norms.append(math.sqrt(sum(float(g.square().sum()) for g in total.values())))
+            rate, shrink, t = rates[t], min(1.0, clip / (norms[-1] + 1e-6)), t + 1
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    m, v = moments[name]
+                    m.mul_(betas[0]).add_((1 - betas[0]) * shrink * total[name])
+                    v.mul_(betas[1]).add_((1 - betas[1]) * (shrink * total[name]) ** 2)
+                    p -= rate * (cfg.weight_decay if p.ndim > 1 else 0) * p
+                    p -= rate * (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + 1e-8)
+                for layer, (mean, var) in zip(layers, before):
+                    new_mean, new_var = (torch.stack(x).mean(0) for x in zip(*seen[layer]))
+                    layer.running_mean.copy_(0.9 * mean + 0.1 * new_mean)
+                    layer.running_var.copy_(0.9 * var + 0.1 * new_var)
+                    layer.num_batches_tracked.fill_(t)
+            states.append({k: v.clone() for k, v in model.state_dict().items()})
+    return states, norms
+
+
+def assert_same_states(found, expected, start):
+    assert len(found) == len(expected)
+    for t, (a, b) in enumerate(zip(found, expected), 1):
+        assert a.keys() == b.keys()
+        for name in a:
+            moved = float((b[name].double() - start[name].double()).norm())
+            assert float((a[name].double() - b[name].double()).norm()) <= 1e-6 * moved + 1e-12, f"step {t}: {name}"
+
+
+def loop_config(tmp_path, **more):
+    return Config(**dict(image_size=16, rank=3, embed_dim=4, decoder_width=3, batch_size=4, micro_batch=2, samples=14,
+                         epochs=2, workers=0, device="cpu", cache=str(tmp_path / "cache"), data=("synthetic:calm",),
+                         mano="builtin", seed=3) | more)
+
+
+def first_weights(tmp_path):
+    """A file of back-bone weights, unlike any that a network starts with."""
+    torch.manual_seed(77)
+    state = shaken(Encoder(), 0.2).state_dict()
+    torch.save(state, tmp_path / "init.pt")
+    return str(tmp_path / "init.pt"), state
+
+
+def test_pretraining_s_loop_is_adamw_by_hand(hands, small, tmp_path, monkeypatch):
+    init, weights = first_weights(tmp_path)
+    cfg = loop_config(tmp_path, init=init, lr=0.5, warmup_epochs=1.0, weight_decay=4.0, w=100.0, probe_every=1)
+    watched, probes = Watched(monkeypatch, "pretrain", hands), []
+
+    def probe(model, encode, *rest):
+        """As the real one, it leaves the network in eval mode; 34 px of a picture are 24 px of the network's."""
+        model.eval()
+        picture = torch.randint(0, 256, (3, 3, 24, 24), dtype=torch.uint8)
+        crop = normalised(warp(picture, middle_crop(24, 16).expand(3, 3, 3), 16))
+        with torch.no_grad():
+            assert torch.allclose(encode(picture), model.backbone(crop)[-1].mean((2, 3)), atol=1e-5)
+        probes.append(rest[1:3])
+        return 9.0
+
+    monkeypatch.setattr(ti_net, "probe_error", probe)
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        ti_net.pretrain(cfg, tmp_path / folder, CPU)
+    half = len(watched.states) // 2                                       # two equal runs, bit for bit
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(watched.states[:half], watched.states[half:]) for k in a)
+    assert half == 6 and len(probes) == 4 and probes[0] == (24, 1.7)
+    assert all(all(modes.values()) for *_, modes in watched.steps)        # training mode, also after a probe
+    assert [epoch for _, (epoch,), _ in watched.steps[:12]] == [0] * 6 + [1] * 6
+
+    torch.manual_seed(cfg.seed)
+    model = TINet(cfg)
+    model.backbone.load_state_dict(weights)
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    peak = 0.5 * 4 / 256                                                  # three steps of warm-up, then a cosine
+    rates = [peak / 3, 2 * peak / 3, peak, peak, 0.75 * peak, 0.25 * peak]
+    rates[3:] = [peak * (1 + math.cos(PI * k / 3)) / 2 for k in range(3)]
+    states, norms = by_hand(model, hands["train"], cfg, plain_pretrain_step, rates, (0.9, 0.95), 5.0)
+    assert max(norms) > 10 and max(norms) > 1.5 * min(norms)              # the clip is seen
+    assert [lr for lr, _ in watched.logged[:6]] == pytest.approx(rates)
+    assert_same_states(watched.states[:6], states, start)
+    kept = torch.load(tmp_path / "one" / "backbone.pt")
+    assert all(torch.equal(kept[k], watched.states[5][f"backbone.{k}"]) for k in kept) and kept.keys() == weights.keys()
+
+
+def test_finetuning_s_loop_is_adamw_by_hand(hands, small, tmp_path, monkeypatch):
+    init, weights = first_weights(tmp_path)
+    cfg = loop_config(tmp_path, init=init, finetune="synthetic:calm", lr=0.5, warmup_epochs=0.0, weight_decay=3.0,
+                      epochs=3)
+    watched = Watched(monkeypatch, "finetune", hands)
+    ti_net.finetune(cfg, tmp_path, "row", CPU)
+    assert watched.asked == [(("synthetic:calm",), "train", (24, 1.7), {"labelled": True}),
+                             (("synthetic:calm",), "val", (24, 1.7), {})]
+    assert len(watched.states) == 9 and all(all(modes.values()) for *_, modes in watched.steps)
+
+    torch.manual_seed(cfg.seed)
+    model = HandNet(cfg)
+    model.backbone.load_state_dict(weights)
+    with torch.no_grad():
+        model.head[-1].bias.copy_(mean_hand(hands["train"])["pose"])
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    step = lambda model, batch, cfg, epoch: plain_finetune_step(model, batch, cfg)
+    states, norms = by_hand(model, hands["train"], cfg, step, [0.5 * 4 / 256] * 9, (0.9, 0.999), math.inf)
+    assert max(norms) > 10
+    assert_same_states(watched.states, states, start)
+
+    last = torch.load(tmp_path / "finetune-row" / "last.pt", weights_only=True)
+    best = torch.load(tmp_path / "finetune-row" / "best.pt", weights_only=True)
+    curve = last["memo"]["curve"]                                         # validation after each epoch
+    assert len(curve) == 3 and best["epoch"] == 1 + min(range(3), key=curve.__getitem__)
+    for file, number in ((last, 8), (best, 3 * best["epoch"] - 1)):
+        assert all(torch.equal(file["model"][k], v) for k, v in watched.states[number].items())
+    assert (best["method"], best["row"]) == ("ti_net", "row") and best["mean"]["labels"] == 14
+
+
+# ---- Draws
+
+
+def test_draws_are_new_for_every_epoch_sample_and_view():
+    cfg = Config(image_size=16)
+    index = torch.arange(300)
+    angles = torch.cat([ti_net.draw_angles(index, cfg, epoch) for epoch in range(3)])
+    assert len(angles.flatten().unique()) > 3590                          # 3,600 draws of 24 bits
+    assert torch.corrcoef(angles.T).fill_diagonal_(0).abs().max() < 0.15
+    crops = torch.cat([ti_net.draw_source(index, 24, cfg, epoch, 23) for epoch in range(3)])
+    for row, column in ((0, 0), (0, 2), (1, 1), (1, 2)):
+        assert len(crops[:, row, column].unique()) > 500          # the largest ones fill the picture
+    assert torch.equal(ti_net.draw_angles(index[7:9], cfg, 1), angles[307:309])      # whatever the batch
+    assert not torch.equal(ti_net.draw_angles(index, dataclasses.replace(cfg, seed=1), 0), angles[:300])
+    other = ti_net.draw_source(index, 24, dataclasses.replace(cfg, seed=1), 0, 23)
+    assert not torch.equal(other, crops[:300])
+    first = 2 * PI * uniform(index, 1, cfg.seed, "ti_net crop", 0)[:, 0]  # a crop does not tell its angle
+    assert float(torch.corrcoef(torch.stack([first, angles[:300, 0]]))[0, 1]) < 0.15
