@@ -72,7 +72,7 @@ from typing import Any, NamedTuple
 # common before torch: it settles how threads wait
 from common import (
     MIDDLE_MCP, N_JOINTS, N_VERTS, Flags, Mano, Run, UserError, accumulate, arg, autocast,
-    average_buffers, axis_angle_to_matrix, barrier, bits, build_backbone, cpu_state, crop,
+    axis_angle_to_matrix, barrier, batch_statistics, bits, build_backbone, cpu_state, crop,
     decay_groups, denormalise, epe, gather, guarded, invert, load_backbone, load_checkpoint,
     matrix_to_axis_angle, normalise, open_out, parallel, parse, permutation, project,
     rank, recall, remember, rotate_z, rotation, save_checkpoint, say, settle, share,
@@ -80,7 +80,7 @@ from common import (
     uniform, unwrapped, warp)
 from hand import hand_mark
 from hand.drawing import curve, draw_skeleton, sheet
-from sources import Rig, Rows, batches, data_name, hand_for, open_data, training_steps
+from sources import Rig, Rows, Source, batches, data_name, hand_for, open_data, training_steps
 from sources.judging import LIMITS, Exam, Row, assess, predictions, shares_within
 from sources.predictors import Predictor, outputs
 from sources.sheets import best_median_worst, draw_rows
@@ -421,7 +421,8 @@ class Block(nn.Module):
             out = self.attention(G.flatten(1, 2), tokens).view_as(G)
         if self.graph is not None:
             C = self.graph(G, keep).masked_fill(~shared[:, :, None, None], -math.inf)
-            out = out + C.amax(1, keepdim=True).nan_to_num(neginf=0.0)
+            nobody = ~shared.any(1)[:, None, None, None]
+            out = out + C.amax(1, keepdim=True).masked_fill(nobody, 0.0)
         return out
 
 
@@ -598,19 +599,23 @@ def best_rotation(K: Tensor) -> Tensor:
     decomposition is infinite: a further small turn w (rad) changes tr(R K) by g . w - w^T H w / 2,
     so the best one is w = H^-1 g. At R that is 0 (no turn improves the best), but g moves with K,
     and so does w: adding w's turn to R leaves its value and gives it its derivative.
+
+    Where another turn is as good (points on a line, or all in one place), R is one of the best, and
+    its derivative has no part about the axes of those turns. NaN in K gives NaN.
     """
     with torch.no_grad():
-        U, _, Vh = torch.linalg.svd(K)
-        sign = torch.ones_like(K[..., 0])
+        U, S, Vh = torch.linalg.svd(K.nan_to_num())
+        sign = torch.ones_like(S)
         sign[..., 2] = torch.linalg.det(U @ Vh)
         R = (Vh.mT * sign[..., None, :]) @ U.mT
+        values = sign * S                                    # eigenvalues of R K, whose axes are Vh
+        stiff = values.sum(-1, keepdim=True) - values        # and those of H, about the same axes
+        free = stiff <= 8 * torch.finfo(K.dtype).eps * S[..., :1]
+        H_inverse = (Vh.mT * torch.where(free, 0, 1 / stiff)[..., None, :]) @ Vh
     P = R @ K
-    S = P - P.mT
-    g = torch.stack([S[..., 1, 2], S[..., 2, 0], S[..., 0, 1]], -1)
-    fixed, eye = P.detach(), torch.eye(3, dtype=K.dtype, device=K.device)
-    trace = fixed.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    H = (trace + (trace <= 0) + 1e-12 * trace.abs()) * eye - (fixed + fixed.mT) / 2
-    x, y, z = torch.linalg.solve(H, g).unbind(-1)
+    apart = P - P.mT
+    g = torch.stack([apart[..., 1, 2], apart[..., 2, 0], apart[..., 0, 1]], -1)
+    x, y, z = (H_inverse @ g[..., None])[..., 0].unbind(-1)
     zero = torch.zeros_like(x)
     W = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
     return R + W @ R
@@ -655,9 +660,11 @@ def loss_c2d(aligned: Tensor, x: Tensor, ok: Tensor, scale: Tensor | None = None
     aligned as `align` gives it, x (B, V, P, 3), ok (B, V). `scale` (B, V): `to_crop` of each view,
     to compare projections. Of the gradient: the label is a constant, but view i's hand is also what
     A_i fits the others to, so through the fitted scale and place (and the rotation, where it is not
-    known) a gradient still reaches view i; the authors' code does the same.
+    known) a gradient still reaches view i; the authors' code does the same. For j = i the error is
+    0, and so is ours; theirs is a rounding error, whose sign is noise in the gradient.
     """
-    error = (aligned[..., :2] - x[:, :, None, :, :2].detach()).abs()
+    own = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)[:, :, None, None]
+    error = (aligned[..., :2] - x[:, :, None, :, :2].detach()).abs().masked_fill(own, 0)
     error = error if scale is None else error * scale[:, :, None, None, None]
     return mean_where(error, ok[:, :, None] & ok[:, None])
 
@@ -937,7 +944,7 @@ def train_step(net: nn.Module, batch: dict, cfg: Config, epoch: int,
             "L_c": L_c, "L_d": L_d, "L_2D": L_2D, "L_p": L_p, "L_3D": L_3D}
 
 
-def train(cfg: Config, folder: Path, model: HaMuCo, data: Any, device: torch.device,
+def train(cfg: Config, folder: Path, model: HaMuCo, data: Source, device: torch.device,
           labels: Tensor | None) -> None:
     """One round: the loop. OUT/train-ROW/last.pt has the weights at its end.
 
@@ -955,19 +962,19 @@ def train(cfg: Config, folder: Path, model: HaMuCo, data: Any, device: torch.dev
             for group in optimizer.param_groups:
                 group["lr"] = rate
             sums: dict[str, Tensor] = {}
-            for k, batch in enumerate(micro_batches, 1):
-                batch = as_views(batch)
-                if labels is not None:
-                    batch["uv_label"] = labels[batch["index"].cpu() % len(labels)].to(device)
-                    batch["confidence"] = torch.ones_like(batch["confidence"])
-                with accumulate(net, last=k == len(micro_batches)):
-                    terms = train_step(net, batch, cfg, epoch, run.step)
-                    (terms["loss"] / len(micro_batches)).backward()
-                for name, term in terms.items():
-                    sums[name] = sums.get(name, 0) + term.detach() / len(micro_batches)
+            with batch_statistics(model):
+                for k, batch in enumerate(micro_batches, 1):
+                    batch = as_views(batch)
+                    if labels is not None:
+                        batch["uv_label"] = labels[batch["index"].cpu() % len(labels)].to(device)
+                        batch["confidence"] = torch.ones_like(batch["confidence"])
+                    with accumulate(net, last=k == len(micro_batches)):
+                        terms = train_step(net, batch, cfg, epoch, run.step)
+                        (terms["loss"] / len(micro_batches)).backward()
+                    for name, term in terms.items():
+                        sums[name] = sums.get(name, 0) + term.detach() / len(micro_batches)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            average_buffers(model)
             run.advance(sums, epoch, lr=rate, may_save=step + 1 < steps)
         if cfg.quick and 2 * (epoch + 1) == epochs and rank() == 0:
             save_checkpoint(folder / "half.pt", cpu_state(model.backbone))
@@ -981,9 +988,10 @@ def rig_of(cfg: Config) -> Rig:
     return Rig(cfg.views, OUTLIERS if cfg.quick else 0.1, CROP / MARGIN)
 
 
-def open_rig(cfg: Config, split: str, device: torch.device, live: bool = False) -> Any:
+def open_rig(cfg: Config, split: str, device: torch.device, live: bool = False) -> Source:
     """The moments of --data, or of training the share --data-fraction of them."""
-    data = open_data(cfg, cfg.data, split, stored_side(cfg), MARGIN, device, live=live, rig=rig_of(cfg))
+    data = open_data(cfg, cfg.data, split, stored_side(cfg), MARGIN, device, live=live,
+                     rig=rig_of(cfg))
     if split == "train" and cfg.data_fraction < 1:
         keep = math.ceil(cfg.data_fraction * len(data))
         data = Rows(data, permutation(len(data), cfg.seed)[:keep].sort().values)
@@ -992,7 +1000,7 @@ def open_rig(cfg: Config, split: str, device: torch.device, live: bool = False) 
 
 
 @torch.no_grad()
-def predict_labels(model: HaMuCo, data: Any, cfg: Config, device: torch.device) -> Tensor:
+def predict_labels(model: HaMuCo, data: Source, cfg: Config, device: torch.device) -> Tensor:
     """The interaction's 2D of every training moment, (n, V, J, 2) px of image, for a next round."""
     parts = []
     for batch, found in predictions(model, data, cfg, device):
@@ -1001,7 +1009,7 @@ def predict_labels(model: HaMuCo, data: Any, cfg: Config, device: torch.device) 
     return gather(parts, len(data))["uv"]
 
 
-def check_labels(data: Any, cfg: Config) -> None:
+def check_labels(data: Source, cfg: Config) -> None:
     """UserError where --supervision wants labels that the data set does not have.
 
     A data set without noisy labels gives its true key points in their place: learning from those
@@ -1017,7 +1025,8 @@ def check_labels(data: Any, cfg: Config) -> None:
         raise UserError("--supervision triangulated: needs data with several calibrated cameras")
 
 
-def next_labels(file: Path, model: HaMuCo, data: Any, cfg: Config, device: torch.device) -> Tensor:
+def next_labels(file: Path, model: HaMuCo, data: Source, cfg: Config,
+                device: torch.device) -> Tensor:
     """What the next round learns from: `predict_labels`, kept in a file for --resume (11)."""
     if not file.is_file():
         labels = predict_labels(model, data, cfg, device)

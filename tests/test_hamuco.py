@@ -242,9 +242,9 @@ def test_losses_and_gradients_match_golden(g, name, term):
     grads = torch.autograd.grad(L_c + L_d, (single, star))
     near(grads[0].flatten(0, 1)[:, ::29], g(f"loss/{name}/grad_coord_xyz"), 1e-12)
     error = (grads[1].flatten(0, 1)[:, ::29] - g(f"loss/{name}/grad_coord_xyz_mvf")).abs()
-    # in L_c2D view i's own hand meets itself: |rounding|'s sign, a third of 1 / 4794, is noise
-    assert float((error > 1e-12).double().mean()) < (0.15 if name == "c2d" else 1e-9)
-    assert float(error.max()) < (2.1 / 3 / 4794 if name == "c2d" else 1e-12)
+    if name == "c2d":      # view i's own hand meets itself: theirs adds the sign of a rounding error in x and y, ours 0
+        error = torch.minimum(error, (error - 1 / 6 / 4794).abs())
+    assert float(error.max()) < 1e-12 and float(error[..., 2].max()) < 1e-12
 
 
 def test_alignment_without_calibration_is_gower_s(g):
@@ -272,8 +272,30 @@ def test_best_rotation_has_the_svd_s_derivative():
     assert torch.autograd.gradcheck(best_rotation, K, atol=1e-6)
     equal = torch.eye(3, dtype=EXACT).mul(2).requires_grad_()                 # where the SVD's is infinite
     assert torch.autograd.gradcheck(best_rotation, equal[None], atol=1e-6)
-    near(best_rotation(torch.zeros(1, 3, 3, dtype=EXACT)).mT @ best_rotation(torch.zeros(1, 3, 3, dtype=EXACT)),
-         torch.eye(3, dtype=EXACT)[None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_where_other_turns_are_as_good_best_rotation_is_one_of_the_best(dtype):
+    """Points on a line (rank 1), in one place (0), a mirrored pair of equal axes: a turn about one axis changes nothing."""
+    a, b = torch.tensor([1.0, 2, 2], dtype=dtype), torch.tensor([2.0, -1, 2], dtype=dtype)
+    cases = (torch.outer(a, b), 9.0), (torch.zeros(3, 3, dtype=dtype), 0.0), (torch.diag(torch.tensor([3.0, 1, -1])).to(dtype), 3.0)
+    for K, best in cases:
+        K = K.clone().requires_grad_()
+        R = best_rotation(K[None])[0]
+        near((R.mT @ R).detach(), torch.eye(3, dtype=dtype), 1e-5)
+        assert float(R.det().detach()) > 0.99 and float((R @ K).trace().detach()) == pytest.approx(best, abs=1e-5)
+        (R * torch.arange(9.0).view(3, 3)).sum().backward()
+        assert K.grad.isfinite().all() and float(K.grad.abs().max()) < 20           # 1 / stiffness, not 1 / rounding error
+    assert best_rotation(torch.full((1, 3, 3), math.nan, dtype=dtype)).isnan().all()
+
+
+def test_a_moment_without_views_adds_nothing_and_nan_shows():
+    block, G = hamuco.Block(8, ("no-cva",)), torch.randn(2, 3, 21, 8)
+    ok = torch.tensor([[True, True, True], [False, False, False]])
+    out = block(G, quiet(ok).see[0], ok, None)
+    near(out[1], G[1], 1e-12)
+    G[0, 1, 4, 2] = math.nan
+    assert block(G, quiet(ok).see[0], ok, None)[0].isnan().any()
 
 
 def hands(B=2, V=4, dtype=EXACT):
