@@ -1,18 +1,18 @@
-"""The roof: any checkpoint of the four papers against any data set, runs beside runs, your pictures.
+"""The roof: any checkpoint of the four papers against any data set, and your own pictures.
 
-    python eval.py runs/ti_net-finetune-dexycb --data dexycb=DIR   a run folder or a .pt file
-    python eval.py RUN RUN ... --data NAME --scratch RUN --sheet   a fair comparison, the same samples
-    python eval.py RUN RUN ... --curve label_fraction              error over an option, of finished runs
-    python eval.py RUN --images DIR --out DIR [--obj]              your photos: overlays, JSON, meshes
-    python eval.py RUN --data freihand=DIR --submit                the file that its server reads
-    python eval.py --inspect --data interhand=DIR                  is my data read right?
+    python eval.py runs/ti_net-finetune-dexycb --data dexycb=DIR  a run folder or a .pt file
+    python eval.py RUN RUN ... --data NAME --scratch RUN --sheet  a fair comparison
+    python eval.py RUN RUN ... --curve label_fraction             error over an option of the runs
+    python eval.py RUN --images DIR --out DIR [--obj]             photos: overlays, JSON, meshes
+    python eval.py RUN --data freihand=DIR --submit               the file that its server reads
+    python eval.py --inspect --data interhand=DIR                 is my data read right?
 
 Judging prints a table with the mean-pose row, a 95 % interval beside each number (bootstrap over
-samples), paired differences and the spread over seeds where runs differ in nothing else; it says what
-a prediction looks like where it seems mirrored, or in other units, axes or joint order. Into --out, by
-default RUN/eval-DATA, go metrics.json, table.md, table.csv, pck.png (share of joints within a
-distance), joints.png, visibility.png, predictions.png (best, median and worst samples) and with
---sheet sheet.png. --curve reads metrics.json and config.json: `epoch` for TI-Net's Fig. 5,
+samples), paired differences and the spread over seeds where runs differ in nothing else; it says
+what a prediction looks like where it seems mirrored, or in other units, axes or joint order. Into
+--out, by default RUN/eval-DATA, go metrics.json, table.md, table.csv, pck.png (share of joints
+within a distance), joints.png, visibility.png, predictions.png (best, median and worst samples) and
+with --sheet sheet.png. --curve reads metrics.json and config.json: `epoch` for TI-Net's Fig. 5,
 `label_fraction` or `labels` for PeCLR's Fig. 6, `freeze_blocks` for HandMIM's Fig. 7, `views` or
 `data_fraction` for HaMuCo's Fig. 3. --images wants a folder or a picture; hands are those of
 labels.jsonl beside it, or what MediaPipe finds.
@@ -20,28 +20,30 @@ labels.jsonl beside it, or what MediaPipe finds.
 Protocols, each named beside its numbers; the code stands in the data set's own file in sources/
     ours            all labelled samples, wrist-rooted MPJPE, Procrustes with a proper rotation, the
                     data set's own joints
-    dexycb          the tool kit's (dex-ycb-toolkit @64551b0): labelled frames, absolute, root-relative
-                    and Procrustes errors, the last with reflections allowed; area under the curve to
-                    50 mm. Networks without a root are given the true one for the absolute row
-    interhand       the tool kit's (InterHand2.6M @5d0e456): the mean over 42 joints of each joint's
-                    mean, wrists at zero, over all, single and interacting hands; mrrpe_mm, the vector
-                    between the two wrists, where both are known and the network says where they are
+    dexycb          the tool kit's (dex-ycb-toolkit @64551b0): labelled frames, absolute,
+                    root-relative and Procrustes errors, the last with reflections allowed; area
+                    under the curve to 50 mm. Networks without a root are given the true one for
+                    the absolute row
+    interhand       the tool kit's (InterHand2.6M @5d0e456): the mean over 42 joints of each
+                    joint's mean, wrists at zero, over all, single and interacting hands; mrrpe_mm,
+                    the vector between the two wrists, where both are known and the network says
+                    where they are
     intaghand       IntagHand's: middle MCP on middle MCP, scaled to the true bone wrist-middle MCP
     freihand        the official script's (lmb-freiburg/freihand @5ea4ab9): absolute errors in the
-                    camera frame, no root taken away, and Procrustes with reflections; areas to 50 mm;
-                    F-scores. Mesh scores where there is a mesh. Networks without a root are given the
-                    true one
-    ho3d            the official script's (ho3d @2fd6ee1): as freihand, and st_mpjpe_mm: scaled by the
-                    bone wrist-middle MCP (its joints 0 and 4), wrist on wrist. Needs
+                    camera frame, no root taken away, and Procrustes with reflections; areas to
+                    50 mm; F-scores. Mesh scores where there is a mesh. Networks without a root are
+                    given the true one
+    ho3d            the official script's (ho3d @2fd6ee1): as freihand, and st_mpjpe_mm: scaled by
+                    the bone wrist-middle MCP (its joints 0 and 4), wrist on wrist. Needs
                     evaluation_xyz.json
-    peclr           PeCLR's helper (dahiyaaneesh/peclr @f29f0a9): the same errors, Procrustes without
-                    reflections, areas to 49.5 cm with a strict <
-    yt3d            PeCLR's Table 3: the truth is pixels, so each true hand is scaled until its bone
-                    9-10 is as long as the mean hand's (--mano, or the built-in one); Procrustes then,
-                    and px in 2D
-    coco            COCO-WholeBody hands as mmpose scores them: mean error of all key points in px, PCK
-                    within 0.2 of the annotated box's longer side (<), area of 20 thresholds below
-                    30 px
+    peclr           PeCLR's helper (dahiyaaneesh/peclr @f29f0a9): the same errors, Procrustes
+                    without reflections, areas to 49.5 cm with a strict <
+    yt3d            PeCLR's Table 3: the truth is pixels, so each true hand is scaled until its
+                    bone 9-10 is as long as the mean hand's (--mano, or the built-in one);
+                    Procrustes then, and px in 2D
+    coco            COCO-WholeBody hands as mmpose scores them: mean error of all key points in px,
+                    PCK within 0.2 of the annotated box's longer side (<), area of 20 thresholds
+                    below 30 px
     hanco           HaMuCo's (zxz267/HaMuCo @6885b7a): scaled by one bone about the middle MCP, and
                     Procrustes with a proper rotation; every picture of every camera counts once
     ti_net          TI-Net's (Mine268/TI-Net, test_DexYCB.py @7c7f2779): truth and prediction both
@@ -63,8 +65,9 @@ from typing import Any
 
 # common before torch: it settles how threads wait
 from common import (
-    FINGERS, MANO_TO_OURS, N_JOINTS, ROOT, Flags, Mano, UserError, axis_angle_to_matrix, barrier, guarded, invert, load_checkpoint, matrix_to_axis_angle, place, rank, say, start,
-    stored_config, to_device, transform, view_intrinsics)
+    FINGERS, MANO_TO_OURS, N_JOINTS, ROOT, Flags, Mano, UserError, axis_angle_to_matrix, barrier,
+    guarded, invert, load_checkpoint, matrix_to_axis_angle, place, rank, say, start, stored_config,
+    to_device, transform, view_intrinsics)
 from hand import hand_mark, user_hand
 from hand.drawing import (
     CURVE_COLOURS, draw_mesh, draw_side, draw_skeleton, figure, label, save_png, sheet)
@@ -90,10 +93,10 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-METHODS = {"ti_net": ti_net, "handmim": handmim, "peclr": peclr, "hamuco": hamuco}   # a file names no other
+METHODS = {"ti_net": ti_net, "handmim": handmim, "peclr": peclr, "hamuco": hamuco}   # no others
 
 
-# ---- Checkpoints ----------------------------------------------------------------------------------
+# ---- Checkpoints ---------------------------------------------------------------------------------
 
 
 def load(path: str | Path) -> tuple[nn.Module, Flags]:
@@ -109,8 +112,10 @@ def load_net(path: str | Path, mano: str = "") -> Net:
     """As `load`, with what else the file holds; `mano` replaces the hand file that it names."""
     file = Path(path) / "finetune.pt" if Path(path).is_dir() else Path(path)
     content = load_checkpoint(file)
-    if not isinstance(content, dict) or not {"method", "cfg", "model", "mean", "row"} <= set(content):
-        raise UserError(f"{file}: holds no fine-tuned model; give a finetune.pt that a script here wrote")
+    needed = {"method", "cfg", "model", "mean", "row"}
+    if not isinstance(content, dict) or not needed <= set(content):
+        raise UserError(f"{file}: holds no fine-tuned model; give a finetune.pt that a script here "
+                        "wrote")
     if content["method"] not in METHODS:
         raise UserError(f"{file}: names the method {str(content['method'])[:40]!r}; known are "
                         f"{', '.join(METHODS)}")
@@ -125,15 +130,15 @@ def load_net(path: str | Path, mano: str = "") -> Net:
         raise UserError(f"{file}: does not fit this version's {content['method']} "
                         f"({str(error).strip().splitlines()[-1][:120]})") from None
     if other and hasattr(model, "mano"):
-        raise UserError(f"{file}: its mesh is another hand's than {user_hand(cfg.mano)[1]}; name the "
-                        "MANO file it was trained with (--mano), or `--mano builtin`")
+        raise UserError(f"{file}: its mesh is another hand's than {user_hand(cfg.mano)[1]}; name "
+                        "the MANO file it was trained with (--mano), or `--mano builtin`")
     frozen = isinstance(cfg, peclr.Config) and cfg.freeze                         # PeCLR, Tab. 1
     rig = hamuco.rig_of(cfg) if isinstance(cfg, hamuco.Config) else None
     return Net(str(path), content["method"], model, cfg, content["row"] + "-frozen" * frozen,
                content["mean"], module.stored_side(cfg), module.MARGIN, rig)
 
 
-# ---- What a prediction looks like -----------------------------------------------------------------
+# ---- What a prediction looks like ----------------------------------------------------------------
 
 FINGER = [list(range(4 * k + 1, 4 * k + 5)) for k in range(5)]
 ORDERS = {                                    # where our joints stand in an order that others use
@@ -142,13 +147,15 @@ ORDERS = {                                    # where our joints stand in an ord
     "MANO's joint order with the tips in MANO's order": (
         0, 13, 14, 15, 20, 1, 2, 3, 16, 4, 5, 6, 17, 10, 11, 12, 19, 7, 8, 9, 18),
     "InterHand2.6M's joint order (tips first, the wrist last)": INTERHAND_TO_OURS,
-    "joints from tip to base in each finger": (0, *itertools.chain(*(finger[::-1] for finger in FINGER))),
+    "joints from tip to base in each finger": (0, *itertools.chain(*(f[::-1] for f in FINGER))),
     "joints from pinky to thumb": (0, *itertools.chain(*FINGER[::-1])),
     "joints level by level (all bases, ..., all tips)": peclr.RELEASED}
-UNITS = {1000.0: "millimetres where metres are expected", 0.001: "metres divided by 1,000 once too often",
+UNITS = {1000.0: "millimetres where metres are expected",
+         0.001: "metres divided by 1,000 once too often",
          100.0: "centimetres where metres are expected"}
 AXES = {(-1, 2, 3): "a mirrored hand (x has the wrong sign)", (1, -2, 3): "y pointing up",
-        (1, -2, -3): "OpenGL axes (y up, z towards the viewer)", (1, 2, -3): "depth with the wrong sign",
+        (1, -2, -3): "OpenGL axes (y up, z towards the viewer)",
+        (1, 2, -3): "depth with the wrong sign",
         (-1, -2, -3): "all axes with the wrong sign",
         (-1, -2, 3): "a hand turned by 180 degrees in the picture"}
 
@@ -156,9 +163,10 @@ AXES = {(-1, 2, 3): "a mirrored hand (x has the wrong sign)", (1, -2, 3): "y poi
 def looks_like(pred: dict, truth: dict) -> str:
     """A sentence where undoing a common mistake makes a prediction fit far better, else "".
 
-    `pred` and `truth` as in `score`. Tried are units, the 48 ways of naming the axes and six joint orders.
-    It must explain the samples: end below 0.9 x the error of the best constant hand and 0.75 x its own.
-    So a constant or untrained answer is accused of nothing; nor is one of fewer than 8 samples.
+    `pred` and `truth` as in `score`. Tried are units, the 48 ways of naming the axes and six joint
+    orders. It must explain the samples: end below 0.9 x the error of the best constant hand and
+    0.75 x its own. So a constant or untrained answer is accused of nothing; nor is one of fewer
+    than 8 samples.
     """
     p, t = (x["joints"].detach().double().cpu() for x in (pred, truth))
     ok = truth["joints_ok"].cpu() & t.isfinite().all(-1)
@@ -188,7 +196,7 @@ def looks_like(pred: dict, truth: dict) -> str:
             otherwise = AXES.get(named, f"axes named otherwise ({written(named)})")
             named_right = "" if named == (1, 2, 3) else otherwise
             wrong = [one for one in (UNITS.get(unit, ""), named_right, order) if one]
-            found.append((typical(turned) * 1.02 ** len(wrong), wrong))          # the simpler, if alike
+            found.append((typical(turned) * 1.02 ** len(wrong), wrong))      # the simpler, if alike
     error, wrong = min(found)
     if not wrong or error > 0.9 * constant or error > 0.75 * plain:
         return ""
@@ -201,70 +209,7 @@ def written(axes: tuple[int, ...]) -> str:
     return ", ".join("-" * (a < 0) + "xyz"[abs(a) - 1] for a in axes)
 
 
-# ---- One command: judge ---------------------------------------------------------------------------
-
-
-def open_exam(net: Net, asked: Asked, device: torch.device) -> Exam:
-    """The data set as a network stores it, its joints, and the protocols that are asked for."""
-    data = open_data(asked.flags, (asked.spec,), asked.split, net.side, net.margin, device,
-                     unlabelled="ti_net" in asked.protocols, rig=net.rig)
-    if not len(data):
-        raise UserError(f"{asked.spec} {asked.split}: holds no sample, so nothing can be scored")
-    return Exam(data, asked.spec, asked.hand, device, asked.flags.workers, asked.protocols, asked.submit)
-
-
-def images_a_second(exam: Exam, net: Net, count: int) -> float:
-    """Pictures predicted in a second in batches of `count` samples, median of three; no reading."""
-    rows = torch.arange(count) % len(exam.data)
-    batch = next(batches(exam.data, [rows], exam.device, 0))
-    taken = []
-    for _ in range(4):
-        began = time.perf_counter()
-        with torch.no_grad():
-            net(batch)
-        if exam.device.type == "cuda":
-            torch.cuda.synchronize(exam.device)
-        taken.append(time.perf_counter() - began)
-    return math.prod(batch["image"].shape[:-3]) / sorted(taken[1:])[1]
-
-
-def about(net: Net, exam: Exam) -> dict[str, str]:
-    """What stands beside a network's scores."""
-    speed = {f"images/s, batch {b}": f"{images_a_second(exam, net, b):.0f}" for b in (1, 64)}
-    return {"parameters": net.millions, "labels": f"{net.mean['labels']:,}", "seed": str(net.cfg.seed),
-            "keys given": ", ".join(sorted(net.model.USES)), **speed}
-
-
-def named(nets: list[Net], scratch: str) -> list[str]:
-    """A name for each network's row: its own, with what tells it apart where two are alike."""
-    names = ["scratch" if scratch and net.path == scratch else net.row for net in nets]
-    out = []
-    for net, name in zip(nets, names):
-        alike = [other for other, theirs in zip(nets, names) if theirs == name]
-        if scratch and net.path == scratch:
-            alike = [net]                                          # the one others are compared with
-        seeds = {other.cfg.seed for other in alike}
-        tail = f", seed {net.cfg.seed}" if len(seeds) == len(alike) > 1 else f" ({net.folder.name})"
-        out.append(name + tail * (len(alike) > 1))
-    return out
-
-
-def unused(rows: dict[str, Row], name: str, net: Net) -> str:
-    """A row's name that no other row has: two runs may call their outputs alike."""
-    numbered = (f"{name} of {net.path} {k}" for k in itertools.count(2))
-    names = itertools.chain((name, f"{name} of {net.row}", f"{name} of {net.path}"), numbered)
-    return next(candidate for candidate in names if candidate not in rows)
-
-
-def prepared(args: argparse.Namespace) -> list[Net]:
-    """The networks to judge; UserError where one cannot do what is asked."""
-    nets = [load_net(path, args.mano) for path in dict.fromkeys([*args.run, *filter(None, [args.scratch])])]
-    for net in nets if args.two_pass else ():
-        if not isinstance(net.cfg, peclr.Config):
-            raise UserError(f"--two-pass: {net.method} predicts in one pass")
-        net.model.cfg = dataclasses.replace(net.cfg, two_pass=True)
-        net.row += "-two_pass"
-    return nets
+# ---- One command: judge --------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -286,9 +231,10 @@ def asked_for(args: argparse.Namespace, flags: Flags, nets: list[Net]) -> Asked:
     spec = args.data or head.cfg.finetune or head.cfg.data[0]
     name = data_name(spec)
     split = args.split or ("val" if name in ("coco", "imagenet") else "test")
-    flags = dataclasses.replace(flags, mano=head.cfg.mano, backgrounds=head.cfg.backgrounds)
+    flags = dataclasses.replace(flags, mano=head.cfg.mano)
     if not args.data:
-        flags = dataclasses.replace(flags, root=args.root or head.cfg.root)
+        flags = dataclasses.replace(flags, root=args.root or head.cfg.root,
+                                    backgrounds=head.cfg.backgrounds)
     if args.submit and (name not in SUBMIT or split != "test" or len(nets) > 1):
         raise UserError(f"--submit: no server takes {name} {split}; it can be the test split of "
                         f"{', '.join(SUBMIT)}, for one run")
@@ -298,11 +244,77 @@ def asked_for(args: argparse.Namespace, flags: Flags, nets: list[Net]) -> Asked:
                         f"{', '.join(sorted({'ours', *known}))}")
     wanted = {p: f for p, f in known.items() if not args.protocol or p in args.protocol}
     hand = hand_for(spec, flags.mano)
-    return Asked(spec, split, wanted, not args.protocol or "ours" in args.protocol, args.submit, flags, hand)
+    ours = not args.protocol or "ours" in args.protocol
+    return Asked(spec, split, wanted, ours, args.submit, flags, hand)
+
+
+def open_exam(net: Net, asked: Asked, device: torch.device) -> Exam:
+    """The data set as a network stores it, its joints, and the protocols that are asked for."""
+    data = open_data(asked.flags, (asked.spec,), asked.split, net.side, net.margin, device,
+                     unlabelled="ti_net" in asked.protocols, rig=net.rig)
+    if not len(data):
+        raise UserError(f"{asked.spec} {asked.split}: holds no sample, so nothing can be scored")
+    return Exam(data, asked.spec, asked.hand, device, asked.flags.workers, asked.protocols,
+                asked.submit)
+
+
+def images_a_second(exam: Exam, net: Net, count: int) -> float:
+    """Pictures predicted in a second in batches of `count` samples, median of three; no reading."""
+    rows = torch.arange(count) % len(exam.data)
+    batch = next(batches(exam.data, [rows], exam.device, 0))
+    taken = []
+    for _ in range(4):
+        began = time.perf_counter()
+        with torch.no_grad():
+            net(batch)
+        if exam.device.type == "cuda":
+            torch.cuda.synchronize(exam.device)
+        taken.append(time.perf_counter() - began)
+    return math.prod(batch["image"].shape[:-3]) / sorted(taken[1:])[1]
+
+
+def about(net: Net, exam: Exam) -> dict[str, str]:
+    """What stands beside a network's scores."""
+    speed = {f"images/s, batch {b}": f"{images_a_second(exam, net, b):.0f}" for b in (1, 64)}
+    return {"parameters": net.millions, "labels": f"{net.mean['labels']:,}",
+            "seed": str(net.cfg.seed), "keys given": ", ".join(sorted(net.model.USES)), **speed}
+
+
+def named(nets: list[Net], scratch: str) -> list[str]:
+    """A name for each network's row: its own, with what tells it apart where two are alike."""
+    names = ["scratch" if scratch and net.path == scratch else net.row for net in nets]
+    out = []
+    for net, name in zip(nets, names):
+        alike = [other for other, theirs in zip(nets, names) if theirs == name]
+        if scratch and net.path == scratch:
+            alike = [net]                               # the one that others are compared with
+        seeds = {other.cfg.seed for other in alike}
+        tail = f", seed {net.cfg.seed}" if len(seeds) == len(alike) > 1 else f" ({net.folder.name})"
+        out.append(name + tail * (len(alike) > 1))
+    return out
+
+
+def unused(rows: dict[str, Row], name: str, net: Net) -> str:
+    """A row's name that no other row has: two runs may call their outputs alike."""
+    numbered = (f"{name} of {net.path} {k}" for k in itertools.count(2))
+    names = itertools.chain((name, f"{name} of {net.row}", f"{name} of {net.path}"), numbered)
+    return next(candidate for candidate in names if candidate not in rows)
+
+
+def prepared(args: argparse.Namespace) -> list[Net]:
+    """The networks to judge; UserError where one cannot do what is asked."""
+    paths = [*args.run, args.scratch] if args.scratch else args.run
+    nets = [load_net(path, args.mano) for path in dict.fromkeys(paths)]
+    for net in nets if args.two_pass else ():
+        if not isinstance(net.cfg, peclr.Config):
+            raise UserError(f"--two-pass: {net.method} predicts in one pass")
+        net.model.cfg = dataclasses.replace(net.cfg, two_pass=True)
+        net.row += "-two_pass"
+    return nets
 
 
 def judge(args: argparse.Namespace, flags: Flags, device: torch.device) -> None:
-    """Everything that is known of some checkpoints on one data set: tables, metrics.json, pictures."""
+    """All that is known of some checkpoints on one data set: tables, metrics.json, pictures."""
     nets = prepared(args)
     asked = asked_for(args, flags, nets)
     out = folder_for(args, nets[0], asked)
@@ -310,7 +322,9 @@ def judge(args: argparse.Namespace, flags: Flags, device: torch.device) -> None:
     rows: dict[str, Row] = {}
     for net, called in zip(nets, named(nets, args.scratch)):
         stored = (net.side, net.margin, net.rig)
-        exam = exams.setdefault(stored, exams.get(stored) or open_exam(net, asked, device))
+        if stored not in exams:
+            exams[stored] = open_exam(net, asked, device)
+        exam = exams[stored]
         net.model.to(device)
         found, kept = assess(exam, net, nets[0].mean if net is nets[0] else None)
         tail = called.removeprefix("scratch" if called == "scratch" else net.row)
@@ -348,8 +362,8 @@ def conclude(rows: dict[str, Row], asked: Asked, out: Path, all_rows: bool) -> N
     if all(row.count("scored ours") == 0 for row in rows.values()):
         say("\n".join(texts))
         if not asked.submit:
-            raise UserError(f"{asked.spec} {asked.split}: no sample has joints or key points to score "
-                            "against")
+            raise UserError(f"{asked.spec} {asked.split}: no sample has joints or key points to "
+                            "score against")
         draw_rows(out / "samples.png", rows, some_of(len(first.errors), 6), [""] * 6)
         say(f"wrote {out}/samples.png")
         return
@@ -365,11 +379,11 @@ def sentence(name: str, row: Row, asked: Asked) -> str:
     """What a row is: the run, its samples, what it sees and was trained on."""
     n, lost = row.count("scored ours"), row.count("not made")
     left_out = len(row.errors) - n - row.count("absent")
-    return (f"{name} = {row.net.path} on {asked.spec} {asked.split}: {n:,} samples scored, {left_out:,} "
-            "without truth" + f" or hand ({lost:,})" * bool(lost)
+    return (f"{name} = {row.net.path} on {asked.spec} {asked.split}: {n:,} samples scored, "
+            f"{left_out:,} without truth" + f" or hand ({lost:,})" * bool(lost)
             + f"; boxes from {row.exam.data.box_source}; the network sees "
-            f"{', '.join(sorted(row.net.model.USES))}; {row.about['parameters']} parameters; trained on "
-            f"{row.net.mean['labels']:,} labelled hands, seed {row.net.cfg.seed}")
+            f"{', '.join(sorted(row.net.model.USES))}; {row.about['parameters']} parameters; "
+            f"trained on {row.net.mean['labels']:,} labelled hands, seed {row.net.cfg.seed}")
 
 
 def judged(rows: dict[str, Row], asked: Asked, out: Path) -> list[str]:
@@ -384,11 +398,13 @@ def judged(rows: dict[str, Row], asked: Asked, out: Path) -> list[str]:
             continue
         texts.append(protocol_text(rows, protocol, asked.spec))
         trained = [row for row in rows.values() if row.net]
-        if protocol in ("freihand", "ho3d") and not all("f_5_raw" in row.means(protocol) for row in trained):
-            texts.append(f"{protocol}: the mesh's scores are not applicable to a network without a mesh")
+        meshes = all("f_5_raw" in row.means(protocol) for row in trained)
+        if protocol in ("freihand", "ho3d") and not meshes:
+            texts.append(f"{protocol}: mesh scores are not applicable to a network without one")
         for path in dict.fromkeys(row.net.path for row in trained):
             mine = {name: row for name, row in rows.items() if not row.net or row.net.path == path}
-            write_results(out / "metrics.json", asked.spec, entry(path, protocol, asked, mine, suspects))
+            found = entry(path, protocol, asked, mine, suspects)
+            write_results(out / "metrics.json", asked.spec, found)
     if not px_compare(rows, asked.spec):
         texts.append("px are left out: synthetic pictures are as large as each network stores them")
     texts += [about_table(rows), gains(rows)]
@@ -427,7 +443,8 @@ def gains(rows: dict[str, Row]) -> str:
     """How much of the mean pose's and of scratch's error each row takes away."""
     means = {name: row.means() for name, row in rows.items()}
     missing = not any(name.startswith("scratch") for name in rows)
-    said = ["scratch: not run (--scratch RUN)" * missing, gain(means, "mean_pose"), gain(means, "scratch")]
+    said = ["scratch: not run (--scratch RUN)"] if missing else []
+    said += [gain(means, "mean_pose"), gain(means, "scratch")]
     return "; ".join(filter(None, said))
 
 
@@ -436,7 +453,8 @@ def suspect(row: Row) -> str:
     if not row.parts:
         return ""
     whole = {key: torch.cat([part[key] for part in row.parts]) for key in row.parts[0]}
-    return looks_like({"joints": whole["joints"]}, {"joints": whole["true"], "joints_ok": whole["ok"]})
+    truth = {"joints": whole["true"], "joints_ok": whole["ok"]}
+    return looks_like({"joints": whole["joints"]}, truth)
 
 
 def some_of(n: int, count: int) -> Tensor:
@@ -445,7 +463,7 @@ def some_of(n: int, count: int) -> Tensor:
 
 
 def pictures_of(rows: dict[str, Row], out: Path, all_rows: bool) -> None:
-    """Plots of all rows; predictions.png of the last row's best, median and worst; sheet.png for all."""
+    """Plots of all rows; predictions.png of the last row's best to worst; sheet.png."""
     plot_rows(out, rows)
     *_, (name, last) = ((name, row) for name, row in rows.items() if row.net)
     picked, kinds = best_median_worst(last.errors)
@@ -459,7 +477,7 @@ def pictures_of(rows: dict[str, Row], out: Path, all_rows: bool) -> None:
         draw_rows(out / "sheet.png", rows, order[some_of(len(order), count)], shares)
 
 
-# ---- Plots ----------------------------------------------------------------------------------------
+# ---- Plots ---------------------------------------------------------------------------------------
 
 
 def plot_rows(out: Path, rows: dict[str, Row]) -> None:
@@ -496,7 +514,7 @@ def bars(axis: Any, series: dict[str, Tensor]) -> list[Any]:
 
 
 def plot_pck(path: Path, rows: dict[str, Row], unit: str) -> None:
-    """Share of joints within 0-50 mm (px), rooted and, dashed, aligned; bands are 95 % intervals."""
+    """Share of joints within 0-50 mm (px), rooted and, dashed, aligned; bands: 95 % intervals."""
     n = max(row.count("scored ours") for row in rows.values())
     with figure(path) as axis:
         for k, (name, row) in enumerate(rows.items()):
@@ -512,14 +530,14 @@ def plot_pck(path: Path, rows: dict[str, Row], unit: str) -> None:
         axis.legend(fontsize=8)
 
 
-# ---- Curves over runs -----------------------------------------------------------------------------
+# ---- Curves over runs ----------------------------------------------------------------------------
 
 
 def run_points(path: str, field: str, metric: str) -> list[tuple[str, Any, float]]:
-    """(row, value of the field, metric) of a run's rows, from metrics.json and each row's config.json.
+    """(row, value of the field, metric) of a run's rows, from metrics.json and config.json.
 
-    The field `epoch` gives the validation errors that the run logged; `labels` the hands learnt from.
-    UserError where the folder holds no run, or nothing that has the field or the metric.
+    The field `epoch` gives the validation errors that the run logged; `labels` the hands learnt
+    from. UserError where the folder holds no run, or nothing that has the field or the metric.
     """
     folder, found = Path(path), []
     configs = {file.parent.name.partition("-")[2]: file for stage in ("train", "probe", "finetune")
@@ -529,32 +547,35 @@ def run_points(path: str, field: str, metric: str) -> list[tuple[str, Any, float
         rows = next((r["rows"] for r in results if r["protocol"] == "ours"), results[0]["rows"])
         for row, file in configs.items():
             if field == "epoch":
-                lines = [json.loads(line) for line in (file.parent / "log.jsonl").read_text().splitlines()]
+                log = (file.parent / "log.jsonl").read_text()
+                lines = [json.loads(line) for line in log.splitlines()]
                 found += [(row, one["epoch"], one[f"val_{metric}"]) for one in lines
                           if f"val_{metric}" in one and "epoch" in one]
                 continue
             cfg = json.loads(file.read_text())["cfg"]
             x = load_net(path).mean["labels"] if field == "labels" else cfg.get(field)
-            found += [(name, x, one[metric]) for name, one in rows.items() if metric in one and x is not None
-                      and name in (row, "single", "interaction", "fusion")]
+            mine = (row, "single", "interaction", "fusion")
+            found += [(name, x, one[metric]) for name, one in rows.items()
+                      if name in mine and metric in one and x is not None]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise UserError(f"{folder}: is not the folder of a finished run ({type(error).__name__}: {error})"
-                        ) from None
+        raise UserError(f"{folder}: is not the folder of a finished run "
+                        f"({type(error).__name__}: {error})") from None
     if not found:
-        raise UserError(f"{folder}: no row has the field {field!r} in config.json and {metric!r} in "
-                        "metrics.json")
+        raise UserError(f"{folder}: no row has the field {field!r} in config.json and {metric!r} "
+                        "in metrics.json")
     return found
 
 
 def draw_curve(args: argparse.Namespace) -> None:
-    """Error over a field, a line a row: the mean of runs that share row and value, bars from least to most."""
+    """Error over a field, a line a row: the mean of its runs, bars from least to most."""
     points: dict[str, dict[Any, list[float]]] = {}
     for path in args.run:
         for row, x, y in run_points(path, args.curve, args.metric):
             points.setdefault(row, {}).setdefault(x, []).append(y)
     out = Path(args.out or f"runs/curve-{args.curve}")
     out.mkdir(parents=True, exist_ok=True)
-    values = sorted({x for line in points.values() for x in line}, key=lambda x: (isinstance(x, str), x))
+    every = {x for line in points.values() for x in line}
+    values = sorted(every, key=lambda x: (isinstance(x, str), x))
     numbers = not any(isinstance(x, (str, bool, list)) for x in values)
     where = {x: x if numbers else k for k, x in enumerate(values)}
     with figure(out / "curve.png") as axis:
@@ -562,13 +583,14 @@ def draw_curve(args: argparse.Namespace) -> None:
             xs = [x for x in values if x in line]
             ys = np.array([np.mean(line[x]) for x in xs])
             reach = np.array([[y - min(line[x]), max(line[x]) - y] for x, y in zip(xs, ys)]).T
-            axis.errorbar([where[x] for x in xs], ys, reach, marker="o", ms=4, capsize=3, label=name)
+            at = [where[x] for x in xs]
+            axis.errorbar(at, ys, reach, marker="o", ms=4, capsize=3, label=name)
         if not numbers:
             axis.set_xticks(list(where.values()), [str(x) for x in values])
         axis.set(xlabel=args.curve.replace("_", " "), ylabel=args.metric.replace("_", " "))
         axis.legend(fontsize=8)
-    lines = [[name, *(f"{np.mean(line[x]):.2f} (n {len(line[x])})" if x in line else "-" for x in values)]
-             for name, line in points.items()]
+    lines = [[name, *(f"{np.mean(line[x]):.2f} (n {len(line[x])})" if x in line else "-"
+                      for x in values)] for name, line in points.items()]
     text = markdown([f"{args.metric} over {args.curve}", *map(str, values)], lines)
     say(text if len(values) <= 20 else f"{len(values)} values of {args.curve}")
     (out / "curve.md").write_text(text + "\n")
@@ -578,15 +600,16 @@ def draw_curve(args: argparse.Namespace) -> None:
     say(f"wrote {out}/curve.png, curve.md, curve.csv")
 
 
-# ---- Your own pictures ----------------------------------------------------------------------------
+# ---- Your own pictures ---------------------------------------------------------------------------
 
 SMALLEST, LARGEST = 640, 1280                            # px of an overlay's longer side
 
 
 def hands_in(args: argparse.Namespace, cache: str) -> Index:
-    """The hands of a folder of photos, or of one photo: labels.jsonl's, or those that MediaPipe finds.
+    """The hands of a folder of photos, or of one: labels.jsonl's, or those that MediaPipe finds.
 
-    Unreadable photos and photos without a hand are named and counted. UserError where nothing is left.
+    Unreadable photos and photos without a hand are named and counted. UserError where nothing is
+    left.
     """
     given = Path(args.images)
     if not given.exists():
@@ -595,12 +618,15 @@ def hands_in(args: argparse.Namespace, cache: str) -> Index:
     if (root / "labels.jsonl").is_file():
         index = read_index("folder", "", str(root), "all", cache=Path(cache) / "index")
         if not given.is_dir():
-            index = index.take(np.array([index.path(k) == given.name for k in range(len(index))], bool))
+            same = [index.path(row) == given.name for row in range(len(index))]
+            index = index.take(np.array(same, bool))
             if not len(index):
                 raise UserError(f"--images {given}: {root / 'labels.jsonl'} has no line for it")
     else:
-        index = detected(root, [given.name] if not given.is_dir() else sorted(
-            p.relative_to(root).as_posix() for p in root.rglob("*") if p.suffix.lower() in PICTURES))
+        files = [given.name] if not given.is_dir() else sorted(
+            file.relative_to(root).as_posix() for file in root.rglob("*")
+            if file.suffix.lower() in PICTURES)
+        index = detected(root, files)
     say(index.summary())
     if not len(index):
         raise UserError(f"--images {given}: holds no picture of a hand ({' '.join(PICTURES)})")
@@ -621,19 +647,22 @@ def detected(root: Path, files: list[str]) -> Index:
         rows += [(file, f"{file}#{k}", hand["side"], hand["uv"]) for k, hand in enumerate(found)]
         empty += [] if found else [file]
     paths, ids, side, uv = zip(*rows) if rows else ((), (), (), np.zeros((0, N_JOINTS, 2)))
+    uv = np.array(uv, float)
+    columns = {"paths": np.array([path.encode() for path in paths], bytes),
+               "id": np.array(ids, str), "side": np.array(side, str),
+               "uv_label": uv, "box": tight_box(uv)}
     dropped = {"unreadable photos": len(broken), "photos without a hand": len(empty)}
-    return Index("images", str(root), {
-        "paths": np.array([path.encode() for path in paths], bytes), "id": np.array(ids, str),
-        "side": np.array(side, str), "uv_label": np.array(uv, float), "box": tight_box(np.array(uv, float))},
-        "detector", {k: v for k, v in dropped.items() if v},
-        [f"{what}: {', '.join(names[:20])}" for what, names in (("unreadable", broken), ("no hand in", empty))
-         if names])
+    notes = [f"{what}: {', '.join(names[:20])}"
+             for what, names in (("unreadable", broken), ("no hand in", empty)) if names]
+    return Index("images", str(root), columns, "detector",
+                 {reason: count for reason, count in dropped.items() if count}, notes)
 
 
 def with_cameras(index: Index) -> np.ndarray:
-    """Give every hand a K, the photo's diagonal as focal length where it has none; what was known, (N,)."""
+    """Give every hand a K, from the photo's diagonal where it has none; which were known, (N,)."""
     K = np.array(index.columns.get("K", np.full((len(index), 3, 3), np.nan)), float)
-    known, sizes = np.isfinite(K).all((1, 2)), {}
+    known = np.isfinite(K).all((1, 2))
+    sizes: dict[str, tuple[int, int]] = {}
     for row in np.flatnonzero(~known):
         path = index.path(row)
         if path not in sizes:
@@ -646,7 +675,7 @@ def with_cameras(index: Index) -> np.ndarray:
 
 @torch.no_grad()
 def own_pictures(args: argparse.Namespace, flags: Flags, device: torch.device) -> None:
-    """--images: predict every hand of a folder of photos; overlays, hands.json and with --obj meshes."""
+    """--images: every hand of a folder of photos; overlays, hands.json, with --obj meshes."""
     if len(args.run) != 1:
         raise UserError("--images wants one run")
     net = load_net(args.run[0], args.mano)
@@ -659,7 +688,8 @@ def own_pictures(args: argparse.Namespace, flags: Flags, device: torch.device) -
     faces = Mano(user_hand(net.cfg.mano)[0]).faces
     hands: dict[str, list[dict]] = {}
     plan = list(torch.arange(len(data)).split(64))
-    for batch in tqdm(batches(data, plan, device, flags.workers), "predicting", len(plan), unit="batch"):
+    stream = batches(data, plan, device, flags.workers)
+    for batch in tqdm(stream, "predicting", len(plan), unit="batch"):
         every = net(batch)
         pred = {key: x.float().cpu() for key, x in every[chosen_output(every)].items()}
         batch = to_device(batch, torch.device("cpu"))
@@ -672,11 +702,14 @@ def own_pictures(args: argparse.Namespace, flags: Flags, device: torch.device) -
         for k, hand in enumerate(found):
             if args.obj:
                 write_obj(out / f"{flat_name(path)}-{k}.obj", hand, faces)
-    public = [{key: x for key, x in hand.items() if key != "verts"} for found in hands.values() for hand in found]
+    public = [{key: x for key, x in hand.items() if key != "verts"}
+              for found in hands.values() for hand in found]
     (out / "hands.json").write_text(json.dumps(public, indent=1, allow_nan=False) + "\n")
-    say(f"wrote {out}: {len(public):,} hands in {len(hands):,} photos, hands.json, a picture of each"
-        + ", .obj" * args.obj + "; " + ("the scale is metric where K was given" if known.any() else
-                                       "no K was given: focal length is the diagonal, 3D is up to scale"))
+    scale = "the scale is metric where K was given"
+    if not known.any():
+        scale = "no K was given: focal length is the diagonal, 3D is up to scale"
+    say(f"wrote {out}: {len(public):,} hands in {len(hands):,} photos, hands.json, a picture of "
+        "each" + ", .obj" * args.obj + f"; {scale}")
 
 
 def chosen_output(every: dict[str, dict]) -> str:
@@ -691,15 +724,17 @@ def flat_name(path: str) -> str:
 
 
 def described(batch: dict, pred: dict[str, Tensor], index: Index, known: np.ndarray) -> list[dict]:
-    """Predictions as JSON-able hands of the photo they are in: un-mirrored, px of the photo, metres.
+    """Predictions as JSON-able hands of their photo: un-mirrored, px of the photo, metres.
 
-    joints and verts are in the camera's frame: where the network puts them, else where 2D sees them.
+    joints and verts are in the camera's frame: where the network puts them, else where 2D sees
+    them.
     """
     K = view_intrinsics(batch)
     back = invert(batch["crop"].double())
     uv = transform(back, pred["uv"].double())
-    root = pred["root"] if "root" in pred else pred["joints"][:, ROOT] + place(pred["joints"], pred["uv"], K)
-    shift = (root - pred["joints"][:, ROOT])[:, None]
+    wrist = pred["joints"][:, ROOT]
+    shift = pred["root"] - wrist if "root" in pred else place(pred["joints"], pred["uv"], K)
+    shift = shift[:, None]
     moved = {key: pred[key] + shift for key in ("joints", "verts") if key in pred}
     plain = unmirror(moved | {"pose": pred["pose"]} if "pose" in pred else moved, batch["side"])
     boxes = index.columns.get("box", np.full((len(index), 4), np.nan))
@@ -717,17 +752,19 @@ def described(batch: dict, pred: dict[str, Tensor], index: Index, known: np.ndar
 
 
 def draw_photo(out: Path, root: Path, path: str, hands: list[dict], faces: Tensor) -> None:
-    """OUT/PHOTO.png: the photo with every hand's mesh and bones; beside it each hand from two sides."""
+    """OUT/PHOTO.png: the photo with every hand's mesh and bones, two sides of each beside it."""
     photo = Image.fromarray(read_image(root / path))
     s = min(max(1.0, SMALLEST / max(photo.size)), LARGEST / max(photo.size))
-    image = photo.resize((round(photo.width * s), round(photo.height * s)), Image.Resampling.LANCZOS)
-    A = np.array([[s, 0, (s - 1) / 2], [0, s, (s - 1) / 2], [0, 0, 1]])          # x to (x + 0.5) s - 0.5
+    size = (round(photo.width * s), round(photo.height * s))
+    image = photo.resize(size, Image.Resampling.LANCZOS)
+    A = np.array([[s, 0, (s - 1) / 2], [0, s, (s - 1) / 2], [0, 0, 1]])  # x to (x + 0.5) s - 0.5
     drawn = image
     for hand in hands:
-        if "verts" in hand and hand["verts"].isfinite().all() and (hand["verts"][:, 2] > 0.02).all():
+        verts = hand.get("verts", torch.zeros(1, 3))
+        if verts.isfinite().all() and (verts[:, 2] > 0.02).all():             # before the camera
             order = faces[:, [0, 2, 1]] if hand["side"] == "left" else faces
             K = torch.tensor(A @ np.array(hand["K"])).float()
-            drawn = draw_mesh(drawn, hand["verts"], order, K, alpha=0.75)
+            drawn = draw_mesh(drawn, verts, order, K, alpha=0.75)
     for hand in hands:
         uv = np.array(hand["uv"]) * s + (s - 1) / 2
         drawn = draw_bones(drawn, uv)
@@ -758,18 +795,18 @@ def draw_bones(image: Image.Image, uv: np.ndarray) -> Image.Image:
 
 
 def write_obj(path: Path, hand: dict, faces: Tensor) -> None:
-    """A mesh in metres, camera frame with y up and z towards the viewer, as viewers of .obj expect."""
+    """A mesh in metres, y up and z towards the viewer, as viewers of .obj expect."""
     verts = hand["verts"] * torch.tensor([1.0, -1, -1])
     order = faces[:, [0, 2, 1]] if hand["side"] == "left" else faces
     path.write_text("".join(f"v {x:.6f} {y:.6f} {z:.6f}\n" for x, y, z in verts.tolist())
                     + "".join(f"f {a + 1} {b + 1} {c + 1}\n" for a, b, c in order.tolist()))
 
 
-# ---- Inspect --------------------------------------------------------------------------------------
+# ---- Inspect -------------------------------------------------------------------------------------
 
 
 def inspect(args: argparse.Namespace, flags: Flags, device: torch.device) -> None:
-    """16 samples of a data set with their joints and, where there is a pose, the mesh; and counts."""
+    """16 samples of a data set with their joints and, where there is a pose, the mesh; counts."""
     if not args.data:
         raise UserError("--inspect needs --data NAME[:PART][=DIR]")
     split = args.split or ("val" if data_name(args.data) in ("coco", "imagenet") else "test")
@@ -797,7 +834,7 @@ def inspect(args: argparse.Namespace, flags: Flags, device: torch.device) -> Non
     say(f"wrote {out}/inspect.png; left hands are shown as the right hands they become")
 
 
-# ---- CLI ------------------------------------------------------------------------------------------
+# ---- CLI -----------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -806,23 +843,32 @@ def main(argv: list[str] | None = None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("run", nargs="*", help="run folders or finetune.pt files")
-    add("--data", default="", metavar="NAME", help="NAME[:PART][=DIR] (default: what RUN was tuned on)")
+    add("--data", default="", metavar="NAME",
+        help="NAME[:PART][=DIR] (default: what RUN was tuned on)")
     add("--root", default="", metavar="DIR", help="the data set's folder (default data/NAME)")
     add("--split", default="", choices=("train", "val", "test"), help="default test; coco has val")
     add("--protocol", nargs="+", default=(), metavar="NAME", help="default: all of the data set's")
-    add("--out", default="", metavar="DIR", help="default RUN/eval-DATA, for several runs runs/compare-DATA")
-    add("--scratch", default="", metavar="RUN", help="the run trained from random weights, as the row scratch")
-    add("--sheet", action="store_true", help="sheet.png: the same samples for the truth and all runs")
-    add("--curve", default="", metavar="FIELD", help="draw --metric over an option, `epoch` or `labels`")
+    add("--out", default="", metavar="DIR",
+        help="default RUN/eval-DATA, for several runs runs/compare-DATA")
+    add("--scratch", default="", metavar="RUN",
+        help="the run trained from random weights, as the row scratch")
+    add("--sheet", action="store_true",
+        help="sheet.png: the same samples for the truth and all runs")
+    add("--curve", default="", metavar="FIELD",
+        help="draw --metric over an option, `epoch` or `labels`")
     add("--metric", default="mpjpe_mm", metavar="NAME", help="of --curve (default mpjpe_mm)")
     add("--images", default="", metavar="DIR|FILE", help="predict your own photos")
     add("--obj", action="store_true", help="with --images: write each hand's mesh")
-    add("--submit", action="store_true", help=f"write the server's or tool kit's file: {', '.join(SUBMIT)}")
-    add("--two-pass", action="store_true", help="PeCLR: predict, crop around the prediction, predict again")
+    add("--submit", action="store_true",
+        help=f"write the server's or tool kit's file: {', '.join(SUBMIT)}")
+    add("--two-pass", action="store_true",
+        help="PeCLR: predict, crop around the prediction, predict again")
     add("--inspect", action="store_true", help="draw 16 samples of --data and count what they have")
     add("--mano", default="", metavar="FILE", help="MANO_RIGHT.pkl or .npz, or builtin")
-    add("--cache", default="cache", metavar="DIR", help="rendered hands and indexes (default cache)")
-    add("--workers", type=int, default=4, metavar="N", help="processes that read pictures (default 4)")
+    add("--cache", default="cache", metavar="DIR",
+        help="rendered hands and indexes (default cache)")
+    add("--workers", type=int, default=4, metavar="N",
+        help="processes that read pictures (default 4)")
     add("--device", default="auto", help="cpu, cuda, cuda:N or auto (default)")
     args = parser.parse_args(argv)
     if not args.run and not args.inspect:

@@ -1075,16 +1075,17 @@ def fit(cfg: Config, out: Path, row: str, device: torch.device) -> None:
     barrier()
 
 
-# ---- Report ---------------------------------------------------------------------------------------
+# ---- Report --------------------------------------------------------------------------------------
 
-COLUMNS = ("mpjpe_mm", "n_mpjpe_mm", "pa_mpjpe_mm", "abs_mpjpe_mm", "mpvpe_mm", "pa_mpvpe_mm", "auc",
-           "f_5", "f_15", "epe_2d_px_crop", "label_px_crop", "bone_spread_percent")
+COLUMNS = ("mpjpe_mm", "n_mpjpe_mm", "pa_mpjpe_mm", "abs_mpjpe_mm", "mpvpe_mm", "pa_mpvpe_mm",
+           "auc", "f_5", "f_15", "epe_2d_px_crop", "label_px_crop", "bone_spread_percent")
 SHEET = ("labels", "single_view", "single", "interaction", "fusion")      # the first four: Fig. 4
 
 
 def label_rows(batch: dict, size: int) -> dict[str, dict[str, Tensor]]:
     """What the 2D labels give without any training: themselves, and triangulated (Tab. 3, top)."""
-    ok, uv, c = batch["view_ok"], batch["uv_label"], batch["confidence"] * batch["view_ok"][..., None]
+    ok, uv = batch["view_ok"], batch["uv_label"]
+    c = batch["confidence"] * ok[..., None]
     rows = {"labels": {"uv": uv}}                             # they say nothing of 3D
     if not bool(batch["has"]["cameras"].all()) or uv.shape[1] < 2:
         return rows
@@ -1098,14 +1099,15 @@ def label_rows(batch: dict, size: int) -> dict[str, dict[str, Tensor]]:
 
 
 def model_rows(models: dict[str, HaMuCo], batch: dict) -> dict[str, dict[str, Tensor]]:
-    """Trained models' outputs by row: single_view, or single, interaction, fusion, fusion placed."""
+    """Trained models' outputs by row: single_view; or single, interaction, fusion, placed."""
     rows: dict[str, dict[str, Tensor]] = {}
     for name, model in models.items():
         found = model.predict({key: batch[key] for key in model.USES if key in batch})
         if name.startswith("single_view"):
             rows[name] = found["single"]
             continue
-        if batch["image"].shape[1] > 1 and model.calibrated and bool(batch["has"]["cameras"].all()):
+        known = model.calibrated and bool(batch["has"]["cameras"].all())
+        if known and batch["image"].shape[1] > 1:
             found |= place_fused(found, batch, model.size)
         rows |= {key + name.removeprefix(METHOD): hand for key, hand in found.items()}
     return rows
@@ -1146,7 +1148,8 @@ def report(cfg: Config, out: Path, names: list[str], device: torch.device) -> No
     test = open_rig(cfg, "test", device, live=cfg.quick)
     test = Rows(test, torch.arange(min(QUICK_TEST, len(test)))) if cfg.quick else test
     if not len(test):
-        say(f"wrote {out}/finetune.pt; {' '.join(cfg.data)} has no test split, so nothing was scored")
+        say(f"wrote {out}/finetune.pt; {' '.join(cfg.data)} has no test split, so nothing was "
+            "scored")
         return
 
     def fig_4(f: dict, hand: Mano) -> dict[str, Tensor]:
@@ -1154,13 +1157,14 @@ def report(cfg: Config, out: Path, names: list[str], device: torch.device) -> No
         error = epe(f["uv_image"], f["batch"]["uv"]) * 256 / cfg.image_size
         return {"within": shares_within(error)}
 
-    exam = Exam(test, cfg.data[0], hand_for(cfg.data[0], cfg.mano), device, cfg.workers,
+    hand = hand_for(cfg.data[0], cfg.mano)
+    exam = Exam(test, cfg.data[0], hand, device, cfg.workers,
                 {"labels": against_labels, "fig_4": fig_4})
     rows, _ = assess(exam, predictor(models, cfg.image_size), content["mean"])
     rows = {"mean_pose": rows.pop("mean_pose"), **rows}
     learnt: dict[str, Row] = {}
     if any("pa_mpjpe_mm" in row.means() for row in rows.values()):
-        train = open_rig(cfg, "train", device)              # Fig. 4, left: moments that were trained on
+        train = open_rig(cfg, "train", device)          # Fig. 4, left: moments that were trained on
         train = Rows(train, torch.linspace(0, len(train) - 1, min(128, len(train))).long())
         exam = dataclasses.replace(exam, data=train, protocols={})
         learnt, _ = assess(exam, predictor(models, cfg.image_size))
@@ -1183,13 +1187,15 @@ def conclude(cfg: Config, out: Path, rows: dict[str, Row], learnt: dict[str, Row
     test = last.exam.data
     say("\n" + table(means, COLUMNS))
     if few := [f"{row} {count:,}" for row, count in counts.items() if 0 < count < most]:
-        say(f"of {most:,} pictures these rows have fewer, for no hand could be made: {', '.join(few)}")
-    say(f"{n:,} pictures of {len(test):,} test moments scored, {len(last.errors) - n} left out; MPJPE is "
-        f"wrist-rooted, 2D in px of a crop {cfg.image_size} px wide; one seed ({cfg.seed}); {size:.1f} M "
-        f"parameters; boxes from {test.box_source}; the network sees {', '.join(sorted(model.USES))}, "
-        "_center and _ransac also K")
-    entry = {"run": out.name, "n": n, "left_out": len(last.errors) - n, "box_source": test.box_source,
-             "uses": sorted(model.USES)}
+        say(f"of {most:,} pictures these rows have fewer, for no hand could be made: "
+            f"{', '.join(few)}")
+    left_out, uses = len(last.errors) - n, sorted(model.USES)
+    say(f"{n:,} pictures of {len(test):,} test moments scored, {left_out} left out; MPJPE is "
+        f"wrist-rooted, 2D in px of a crop {cfg.image_size} px wide; one seed ({cfg.seed}); "
+        f"{size:.1f} M parameters; boxes from {test.box_source}; the network sees "
+        f"{', '.join(uses)}, _center and _ransac also K")
+    entry = {"run": out.name, "n": n, "left_out": left_out, "box_source": test.box_source,
+             "uses": uses}
     write_results(out / "metrics.json", cfg.data[0], entry | {"protocol": "ours", "rows": means})
     if learnt:
         two = {name: {metric: x for metric, x in row.means().items() if "2d" in metric}
@@ -1200,7 +1206,8 @@ def conclude(cfg: Config, out: Path, rows: dict[str, Row], learnt: dict[str, Row
         write_results(out / "metrics.json", cfg.data[0], entry)
         lines = {name: (LIMITS, row.tallies["fig_4"].points("within"))
                  for name, row in kinds(rows, SHEET[:4]).items()}
-        curve(out / "pck_2d.png", lines, "joints within a 2D distance", "px of a 256 px crop", "share")
+        curve(out / "pck_2d.png", lines, "joints within a 2D distance", "px of a 256 px crop",
+              "share")
     draw_moments(out / "predictions.png", rows)
     say(f"wrote {', '.join(sorted(str(file) for file in out.glob('*.*')))}")
 
@@ -1211,12 +1218,13 @@ def kinds(rows: dict[str, Row], names: tuple[str, ...]) -> dict[str, Row]:
 
 
 def draw_moments(path: Path, rows: dict[str, Row]) -> None:
-    """predictions.png: two views each of the moments that fusion, or the last row, does best to worst."""
+    """Two views each of the moments that fusion, or else the last row, does best to worst."""
     *_, judged = (kinds(rows, ("fusion",)) or rows).values()
     errors = judged.errors.view(len(judged.exam.data), -1)
     moments, names = best_median_worst(errors.nanmean(1), each=1)
     if len(moments):
-        views = errors[moments].isnan().int().argsort(dim=1, stable=True)[:, :2]     # those that are there
+        missing = errors[moments].isnan().int()
+        views = missing.argsort(dim=1, stable=True)[:, :2]
         picked = moments[:, None] * errors.shape[1] + views
         draw_rows(path, kinds(rows, SHEET), picked.flatten(),
                   [name for name in names for _ in views[0]])
@@ -1229,8 +1237,8 @@ def draw_views(folder: Path, data: Any, cfg: Config, device: torch.device) -> No
     pictures, view = make_views(batch, cfg, 0)
     true = targets(batch, view, cfg)
     uv = to_px(torch.where(true.c[..., None] > 0, true.uv, math.nan), cfg.image_size)
-    rows = [[draw_skeleton(denormalise(picture), points, width=200) for picture, points in zip(*both)]
-            for both in zip(pictures, uv)]
+    rows = [[draw_skeleton(denormalise(picture), points, width=200)
+             for picture, points in zip(*both)] for both in zip(pictures, uv)]
     sheet(folder / "views.png", rows, [f"view {v}" for v in range(pictures.shape[1])])
 
 

@@ -1,4 +1,4 @@
-"""The judge: what predictors answer to a data set, scored by every protocol, one row of a table each.
+"""The judge: what a predictor answers to a data set, scored by every protocol, a row an output.
 
 A stage's report and eval.py call the same `assess`.
 """
@@ -52,7 +52,7 @@ def predictions(model: nn.Module, data: Source, cfg: Flags, device: torch.device
         yield batch, answer(model, batch)
 
 
-# ---- Rows -----------------------------------------------------------------------------------------
+# ---- Rows ----------------------------------------------------------------------------------------
 
 
 class Row:
@@ -150,11 +150,11 @@ def only_made(pred: Prediction, batch: dict, lifted: bool = True) -> dict:
 @torch.no_grad()
 def assess(exam: Exam, predict: Predictor, mean: dict | None = None
            ) -> tuple[dict[str, Row], dict[str, Tensor]]:
-    """One pass over a data set: a row for each output of a predictor, with `mean` the mean pose's too.
+    """One pass over a data set: a row for each output of a predictor, and the mean pose's (`mean`).
 
-    Then what needs all samples at once, (N, ...): camera joints and vertices to submit, and errors of
-    wrists where two hands make a pair. A lone output that is not finite is an error; of several, one
-    may have nothing to say of a picture, which then does not count for it.
+    Then what needs all samples at once, (N, ...): camera joints and vertices to submit, and errors
+    of wrists where two hands make a pair. A lone output that is not finite is an error; of several,
+    one may have nothing to say of a picture, which then does not count for it.
     """
     rows: dict[str, Row] = {}
     kept: list[dict[str, Tensor]] = []
@@ -162,7 +162,7 @@ def assess(exam: Exam, predict: Predictor, mean: dict | None = None
         batch = as_pictures(moments)
         V = len(batch["joints"]) // len(moments["index"])
         columns = exam.data.columns(moments["index"])
-        moment = batch["index"] // V                       # views of one are no samples of their own
+        moment = batch["index"] // V                    # views of one are no samples of their own
         found = predict(moments)
         for name, pred in found.items():
             row = rows.setdefault(name, Row(exam, predict, name))
@@ -196,24 +196,26 @@ def assess(exam: Exam, predict: Predictor, mean: dict | None = None
 
 def _note(row: Row, f: dict, values: dict[str, dict[str, Tensor]], V: int) -> None:
     """What a row keeps of every picture, and some pictures as they are."""
-    scores = values["ours"] | values.get("labels", {})             # of data without truth, its labels
+    scores = values["ours"] | values.get("labels", {})         # of data without truth, its labels
     error, batch = scores["mpjpe_mm"], f["batch"]
     for flat in ("epe_2d_px", "label_px_crop"):
         error = torch.where(error.isnan(), scores[flat], error) if flat in scores else error
     row.errors.append({"error": error.float().unflatten(0, (-1, V)).cpu()})
     there = batch.get("view_ok", torch.ones_like(error, dtype=torch.bool))
     lost = ~f["joints"].isfinite().flatten(1).all(1)
-    row.counts.add(batch["index"] // V, {"absent": (~there).double(), "not made": (lost & there).double()})
+    row.counts.add(batch["index"] // V, {"absent": (~there).double(),
+                                         "not made": (lost & there).double()})
     some = batch["index"] % max(1, len(row.exam.data) // PARTS) == 0
     row.parts.append({key: f[key][some].cpu() for key in ("joints", "true", "ok")})
 
 
 def _keep(f: dict, exam: Exam) -> dict[str, Tensor]:
-    """Of some pictures, what a submission holds, in its data set's frame, and what pairs of hands need."""
+    """Of some pictures, what a submission holds, un-mirrored, and what pairs of hands need."""
     part: dict[str, Tensor] = {}
     if exam.submit:
         sides = ["left" if left else "right" for left in f["left"].tolist()]
-        part = unmirror({"joints": f["camera"]} | ({"verts": f["verts"]} if "verts" in f else {}), sides)
+        placed = {"joints": f["camera"]} | ({"verts": f["verts"]} if "verts" in f else {})
+        part = unmirror(placed, sides)
     if "interhand" in exam.protocols and "root_error" in f:
         part |= {"root_error": f["root_error"], "left": f["left"]}
     return {key: x.cpu() for key, x in part.items()}

@@ -1,4 +1,4 @@
-"""Who is judged: functions from a batch to named predictions, and what they said beside what is true.
+"""Who is judged: functions from a batch to named predictions; what they said beside the truth.
 
 Most are trained networks (`Net`); triangulated labels and the mean pose are judged in the same way.
 """
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-Prediction = dict[str, Tensor]                            # what `predict` returns, see DESIGN's contract
-Predictor = Callable[[dict], dict[str, Prediction]]       # a batch -> {row: prediction of every picture}
+Prediction = dict[str, Tensor]                         # joints, uv, verts, ... as `predict` returns
+Predictor = Callable[[dict], dict[str, Prediction]]    # a batch -> {row: predictions of pictures}
 
 
 @dataclasses.dataclass
@@ -57,7 +57,7 @@ class Net:
 
 
 def answer(model: nn.Module, batch: dict) -> dict:
-    """What a model predicts; it sees the keys in its USES, as far as they are there, and no others."""
+    """What a model predicts; it sees the keys in its USES, as far as they are there, no more."""
     return model.eval().predict({key: batch[key] for key in model.USES if key in batch})
 
 
@@ -78,8 +78,8 @@ def outputs(pred: dict, row: str) -> dict[str, Prediction]:
 def blind(mean: dict[str, Tensor], batch: dict, hand: Mano) -> tuple[Prediction, Prediction]:
     """What the mean of a training set would answer: its mean joints, and the hand in its mean pose.
 
-    The mean of joints under free rotation is a ball, which no alignment can judge: aligned scores are
-    those of the second.
+    The mean of joints under free rotation is a ball, which no alignment can judge: aligned scores
+    are those of the second.
     """
     def many(x: Tensor) -> Tensor:
         return x.to(batch["joints"]).expand(len(batch["joints"]), *x.shape)
@@ -108,11 +108,11 @@ def redefined(pred: Prediction, trained: str, tested: str, hand: Mano) -> Predic
     return out
 
 
-# ---- What it said and what is true ------------------------------------------------------------------
+# ---- What it said and what is true ---------------------------------------------------------------
 
 
 def as_pictures(batch: dict) -> dict:
-    """Moments (B, V, ...) as B x V pictures, without truth where a view is missing; others as they are."""
+    """Moments (B, V, ...) as B x V pictures, without truth where a view is missing."""
     if "view_ok" not in batch:
         return batch
     B, V = batch["view_ok"].shape
@@ -135,14 +135,16 @@ def facts(pred: Prediction, batch: dict, columns: dict[str, np.ndarray]) -> dict
     """Prediction and truth of some pictures side by side, as the protocols read them.
 
     joints, true, camera (N, 21, 3) m, ok, visible (N, 21); uv, uv_true (N, 21, 2) px of the whole
-    picture, uv_image of the network's; R, R_true (N, 16, 3, 3), shape_true (N, 10); verts, verts_true (N, 778, 3) where there is
-    a mesh; left (N,); the data set's own columns; and the batch. `camera` and `verts` stand where the
-    network puts the hand in the camera's frame; with their wrist on the true one, or where 2D sees
-    them, if it does not say.
+    picture, uv_image of the network's; R, R_true (N, 16, 3, 3), shape_true (N, 10); verts,
+    verts_true (N, 778, 3) where there is a mesh; left (N,); the data set's own columns; and the
+    batch. `camera` and `verts` stand where the network puts the hand in the camera's frame; with
+    their wrist on the true one, or where 2D sees them, if it does not say.
     """
     R_true = axis_angle_to_matrix(batch["pose"].unflatten(-1, (16, 3)))
     joints, back = pred["joints"], invert(batch["crop"].double())
-    known = torch.as_tensor(columns["root"]).to(joints) if "root" in columns else batch["joints"][:, ROOT]
+    known = batch["joints"][:, ROOT]
+    if "root" in columns:                              # all that HO3D tells of its test set
+        known = torch.as_tensor(columns["root"]).to(joints)
     root = pred.get("root", known)
     lost = ~root.isfinite().all(-1)
     if lost.any() and "uv" in pred and "image" in batch:

@@ -1,4 +1,4 @@
-"""The same samples drawn for the truth and every row: what a stage shows at its end, and eval.py."""
+"""The same samples drawn for the truth and every row, at the end of a stage and by eval.py."""
 from __future__ import annotations
 
 import math
@@ -30,7 +30,7 @@ def best_median_worst(errors: Tensor, each: int = 2) -> tuple[Tensor, list[str]]
 
 @torch.no_grad()
 def draw_rows(path: Path, rows: dict[str, Row], picked: Tensor, names: Sequence[str]) -> None:
-    """The same samples `picked` (n,) for the truth and every row: skeleton, mesh or picture, two sides.
+    """The samples `picked` (n,) for the truth and every row: skeleton, mesh or picture, two sides.
 
     The truth is grey beside predictions, the error in mm (px where nothing is known in 3D) in the
     corner. Rows that were judged on fewer samples, and the mean pose, are left out.
@@ -47,13 +47,17 @@ def draw_rows(path: Path, rows: dict[str, Row], picked: Tensor, names: Sequence[
             answers[id(row.predict)] = as_pictures(moments), row.predict(moments)
         batch, every = answers[id(row.predict)]
         at = torch.arange(len(picked)) * V + picked % V
-        batch, pred = ({key: x[at.to(x.device)] if isinstance(x, Tensor) and len(x) == V * len(picked) else x
-                        for key, x in one.items()} for one in (batch, every[row.output]))
+        batch, pred = (taken(one, at) for one in (batch, every[row.output]))
         for i, line in enumerate(cells):
             line += [] if line else [truth_block(batch, i, wide)]
             line.append(answer_block(batch, pred, row, float(row.errors[picked[i]]), i, wide))
     titles = ["truth", *shown]
     sheet(path, cells, titles, names, 1000 if wide else min(1500, 30 + 306 * len(titles)))
+
+
+def taken(numbers: dict, at: Tensor) -> dict:
+    """Tensors at the pictures `at` (n,); the rest as it is."""
+    return {key: x[at.to(x.device)] if isinstance(x, Tensor) else x for key, x in numbers.items()}
 
 
 def block(pictures: list[Image.Image], text: str, wide: bool) -> Image.Image:
@@ -92,8 +96,9 @@ def truth_block(batch: dict, i: int, wide: bool) -> Image.Image:
     return block([drawn, picture(image), *sides(true_joints(batch, i))], "", wide)
 
 
-def answer_block(batch: dict, pred: dict, row: Row, error: float, i: int, wide: bool) -> Image.Image:
-    """A prediction over the network's own picture, its mesh, if any, and two sides, the truth in grey."""
+def answer_block(batch: dict, pred: dict, row: Row, error: float, i: int, wide: bool
+                 ) -> Image.Image:
+    """A prediction over its own picture, its mesh, if any, and two sides with the truth in grey."""
     image = batch["image"][i]
     top = [draw_skeleton(image, pred["uv"][i], width=CELL)]
     if "verts" in pred and pred["verts"][i].isfinite().all():

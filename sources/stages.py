@@ -1,4 +1,4 @@
-"""What begins and ends a stage: the command line, the mean hand, the choice of an epoch, the report."""
+"""What begins and ends a stage: command line, mean hand, probe, choice of an epoch, report."""
 from __future__ import annotations
 
 import dataclasses
@@ -9,9 +9,9 @@ from typing import Any
 
 # common before torch: it settles how threads wait
 from common import (
-    Run, UserError, axis_angle_to_matrix, cpu_state, gather, load_checkpoint,
-    N_JOINTS, matrix_to_axis_angle, open_out, origin, parse, rank, recall, save_checkpoint, say, score, settle,
-    share, start, stored_config, summarise)
+    N_JOINTS, Run, UserError, axis_angle_to_matrix, cpu_state, gather, load_checkpoint,
+    matrix_to_axis_angle, open_out, origin, parse, rank, recall, save_checkpoint, say, score,
+    settle, share, start, stored_config, summarise)
 from hand import hand_mark
 from hand.drawing import curve
 from sources import Source, Targets, batches, data_name, hand_for, open_data
@@ -19,19 +19,19 @@ from sources.judging import Exam, Row, assess, predictions
 from sources.predictors import Net
 from sources.sheets import best_median_worst, draw_rows
 from sources.synthetic import Cached, Synthetic
-from sources.tables import STAGE, gain, table, write_results
+from sources.tables import STAGE, Means, gain, table, write_results
 
 import torch
 from torch import Tensor, nn
 
 
-# ---- Before ---------------------------------------------------------------------------------------
+# ---- Before --------------------------------------------------------------------------------------
 
 
 def launch(Config: type, method: str, argv: list[str] | None, about: str, quick: dict,
            variants: dict[str, str],
            run_stages: Callable[[dict[str, Any], Path, torch.device], None]) -> None:
-    """The command line of a script that pre-trains and fine-tunes: options, device, folder, stages."""
+    """The command line of a script with two stages: options, device, folder, then its stages."""
     given = recall(parse(Config, argv, about, quick, variants))
     if given.get("data") and given.get("finetune") and not given.get("quick"):
         raise UserError("--data pre-trains and --finetune fine-tunes: one command runs one stage")
@@ -47,9 +47,9 @@ def launch(Config: type, method: str, argv: list[str] | None, about: str, quick:
 def mean_hand(data: Targets, most: int = 16384) -> dict[str, Any]:
     """What a blind guess knows of a training set (of at most `most` samples, evenly spread).
 
-    pose (48,) rad: of each joint the rotation nearest to the mean matrix; shape (10,); joints (21, 3) m,
-    wrist-rooted; uv (21, 2) as a share of the picture's side, of 2D labels where no truth is known;
-    labels: hands with a pose or joints. The views of a moment count as pictures.
+    pose (48,) rad: of each joint the rotation nearest to the mean matrix; shape (10,); joints (21,
+    3) m, wrist-rooted; uv (21, 2) as a share of the picture's side, of 2D labels where no truth is
+    known; labels: hands with a pose or joints. The views of a moment count as pictures.
     """
     n = len(data)                                     # real sets are sorted by subject and scene
     parts = [_pictures_of(data.targets(rows))
@@ -82,7 +82,7 @@ def _pictures_of(t: dict) -> dict[str, Tensor]:
             for key, x in out.items()}
 
 
-# ---- During ---------------------------------------------------------------------------------------
+# ---- During --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -110,14 +110,14 @@ def probe_error(model: nn.Module, encode: Callable[[Tensor], Tensor], cfg: Any, 
 
 
 def evaluate(model: nn.Module, data: Source, cfg: Any, device: torch.device) -> dict[str, Tensor]:
-    """Scores of every sample of a data set, {name: (N,) float64}, each sample once over all processes."""
+    """Scores of every sample of a data set, {name: (N,) float64}, over all processes."""
     parts = [score(pred, batch) for batch, pred in predictions(model, data, cfg, device)]
     return gather(parts, len(data))
 
 
 def keep_best(run: Run, epoch: int, val: Any, cfg: Any, device: torch.device, about: dict[str, Any]
               ) -> dict[str, float]:
-    """After an epoch of fine-tuning: score `val`; best.pt, unless an earlier epoch was better there.
+    """After an epoch of fine-tuning: score `val`; best.pt, unless an earlier epoch did better.
 
     `about` has what the file says beside weights and options: method, row, mean (see `mean_hand`).
     Without a validation split the last epoch counts. Returns the errors to log.
@@ -132,7 +132,7 @@ def keep_best(run: Run, epoch: int, val: Any, cfg: Any, device: torch.device, ab
     return {f"val_{k}": v for k, v in scores.items() if k in ("mpjpe_mm", "pa_mpjpe_mm")}
 
 
-# ---- After ----------------------------------------------------------------------------------------
+# ---- After ---------------------------------------------------------------------------------------
 
 
 def report(cfg: Any, out: Path, names: list[str], device: torch.device,
@@ -142,8 +142,9 @@ def report(cfg: Any, out: Path, names: list[str], device: torch.device,
     A row's networks are OUT/finetune-NAME and, with scores that end in _frozen, OUT/probe-NAME.
     OUT/finetune.pt is the last row's, the fine-tuned one where there are both.
     """
-    found = {(name, stage): load_checkpoint(file) for name in names for stage in ("probe", "finetune")
-             if (file := out / f"{stage}-{name}" / "best.pt").is_file()}
+    files = {(name, stage): out / f"{stage}-{name}" / "best.pt"
+             for name in names for stage in ("probe", "finetune")}
+    found = {key: load_checkpoint(file) for key, file in files.items() if file.is_file()}
     *_, last = found.values()
     if rank() == 0:
         save_checkpoint(out / "finetune.pt", last)                  # whatever the test split holds
@@ -153,7 +154,7 @@ def report(cfg: Any, out: Path, names: list[str], device: torch.device,
         return
     exam = Exam(test, cfg.finetune, hand_for(cfg.finetune, cfg.mano), device, cfg.workers)
     rows: dict[str, Row] = {}
-    means: dict[str, dict[str, float]] = {"mean_pose": {}} | {name: {} for name in names}
+    means: Means = {"mean_pose": {}} | {name: {} for name in names}
     for (name, stage), content in found.items():
         options = stored_config(type(cfg), content["cfg"])
         model = build(options).to(device)
@@ -173,7 +174,7 @@ def report(cfg: Any, out: Path, names: list[str], device: torch.device,
                           for name, stage in found})
 
 
-def _conclude(cfg: Any, out: Path, exam: Exam, row: Row, means: dict[str, dict[str, float]]) -> None:
+def _conclude(cfg: Any, out: Path, exam: Exam, row: Row, means: Means) -> None:
     """Print the table and what belongs beside it, and write metrics.json; `row` is the last one."""
     n = row.count("scored ours")
     left_out, uses = len(row.errors) - n, sorted(row.net.model.USES)
@@ -181,9 +182,9 @@ def _conclude(cfg: Any, out: Path, exam: Exam, row: Row, means: dict[str, dict[s
         say("scratch: not run (--finetune without --init)")
     say("\n" + table(means, STAGE))
     better = gain(means, "mean_pose")
-    say(f"{n:,} test samples scored, {left_out} left out; MPJPE is wrist-rooted; one seed ({cfg.seed}); "
-        f"{row.net.millions} parameters; boxes from {exam.data.box_source}; the network sees "
-        f"{', '.join(uses)}" + f"; {better}" * bool(better))
+    say(f"{n:,} test samples scored, {left_out} left out; MPJPE is wrist-rooted; one seed "
+        f"({cfg.seed}); {row.net.millions} parameters; boxes from {exam.data.box_source}; the "
+        f"network sees {', '.join(uses)}" + f"; {better}" * bool(better))
     write_results(out / "metrics.json", cfg.finetune, {
         "run": out.name, "protocol": "ours", "n": n, "left_out": left_out,
         "box_source": exam.data.box_source, "uses": uses, "rows": means})

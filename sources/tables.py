@@ -1,4 +1,4 @@
-"""Tables of rows: means and intervals, paired differences, seeds, and the files they are written to."""
+"""Tables of rows: means and intervals, paired differences, seeds; and the files they go to."""
 from __future__ import annotations
 
 import csv
@@ -23,17 +23,18 @@ import torch
 # Columns of `ours` in a table of eval.py, and of a stage; the other metrics go to files.
 MAIN = ("mpjpe_mm", "pa_mpjpe_mm", "abs_mpjpe_mm", "n_mpjpe_mm", "auc", "mpvpe_mm", "pa_mpvpe_mm",
         "f_5", "f_15", "epe_2d_px", "pck_2d_20", "auc_2d")
-STAGE = ("mpjpe_mm", "pa_mpjpe_mm", "auc", "mpvpe_mm", "pa_mpvpe_mm", "f_5", "f_15", "epe_2d_px_crop",
-         "mpjpe_mm_frozen", "pa_mpjpe_mm_frozen", "epe_2d_px_crop_frozen")
+STAGE = ("mpjpe_mm", "pa_mpjpe_mm", "auc", "mpvpe_mm", "pa_mpvpe_mm", "f_5", "f_15",
+         "epe_2d_px_crop", "mpjpe_mm_frozen", "pa_mpjpe_mm_frozen", "epe_2d_px_crop_frozen")
 ABOUT = ("parameters", "images/s, batch 1", "images/s, batch 64", "labels", "seed", "keys given")
 
 # Options that make no run another recipe.
-PLAIN = {"seed", "out", "init", "resume", "workers", "device", "cache", "save_minutes", "root", "compile"}
+PLAIN = {"seed", "out", "init", "resume", "workers", "device", "cache", "save_minutes", "root",
+         "compile"}
 
 Means = dict[str, dict[str, float]]                # {row: {metric: number}}
 
 
-# ---- Text -----------------------------------------------------------------------------------------
+# ---- Text ----------------------------------------------------------------------------------------
 
 
 def digits(metric: str, value: float) -> str:
@@ -51,7 +52,8 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (text[0], rule, *text[1:]))
 
 
-def table(means: Means, columns: Sequence[str], spans: dict[str, dict[str, tuple]] | None = None) -> str:
+def table(means: Means, columns: Sequence[str],
+          spans: dict[str, dict[str, tuple[float, float]]] | None = None) -> str:
     """A line a row, with the columns that some row has; a score that a row lacks is a dash.
 
     `spans` {row: {metric: (low, high)}} stand in brackets behind the means.
@@ -61,9 +63,9 @@ def table(means: Means, columns: Sequence[str], spans: dict[str, dict[str, tuple
     for name, row in means.items():
         cells = []
         for m in shown:
-            low_high = (spans or {}).get(name, {}).get(m)
+            span = (spans or {}).get(name, {}).get(m, ())
             text = digits(m, row[m]) if m in row else "-"
-            cells.append(text + (f" [{', '.join(digits(m, x) for x in low_high)}]" if low_high else ""))
+            cells.append(text + f" [{', '.join(digits(m, x) for x in span)}]" * bool(span))
         lines.append([name, *cells])
     return markdown(["row", *shown], lines)
 
@@ -77,11 +79,11 @@ def gain(means: Means, base: str) -> str:
     return f"relative gain in {metric} over {base}: {', '.join(better)}" * bool(better)
 
 
-# ---- Rows beside each other -----------------------------------------------------------------------
+# ---- Rows beside each other ----------------------------------------------------------------------
 
 
 def px_compare(rows: dict[str, Row], spec: str) -> bool:
-    """Whether px mean the same in all rows: synthetic pictures are as large as each network stores."""
+    """Whether px mean the same in all rows: rendered ones are as large as each network stores."""
     sizes = {(row.net.side, row.net.margin) for row in rows.values() if row.net}
     return data_name(spec) != "synthetic" or len(sizes) == 1
 
@@ -102,10 +104,10 @@ def score_table(rows: dict[str, Row], protocol: str, spec: str) -> str:
 
 
 def difference(mine: Row, theirs: Row, protocol: str, metric: str) -> str:
-    """A cell: mean difference of two rows on the same samples, its 95 % interval, * where that lacks 0.
+    """A cell: difference of two rows on the same samples, its 95 % interval, * where that lacks 0.
 
-    A row that scored other samples has no difference, nor has an absolute error where one of the two
-    was given the true wrist.
+    A row that scored other samples has no difference, nor has an absolute error where one of the
+    two was given the true wrist.
     """
     a, b = mine.tallies[protocol], theirs.tallies[protocol]
     absolute = metric.startswith("abs_") and mine.rooted != theirs.rooted
@@ -136,7 +138,7 @@ def recipe(cfg: Any) -> str:
 
 
 def seed_groups(rows: dict[str, Row]) -> dict[str, list[str]]:
-    """Rows whose runs differ in nothing but the seed: {what to call them: names}, two or more each."""
+    """Rows whose runs differ in nothing but the seed, two or more: {what to call them: names}."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name, row in rows.items():
         if row.net:
@@ -164,7 +166,7 @@ def about_table(rows: dict[str, Row]) -> str:
                                       for name, row in rows.items() if row.net])
 
 
-# ---- Files ----------------------------------------------------------------------------------------
+# ---- Files ---------------------------------------------------------------------------------------
 
 
 def write_results(path: Path, data: str, result: dict[str, Any]) -> None:
@@ -192,11 +194,13 @@ def write_csv(path: Path, rows: dict[str, Row]) -> None:
     """table.csv: a line a protocol, row and metric."""
     with open(path, "w", newline="") as file:
         lines = csv.writer(file)
-        lines.writerow(["protocol", "row", "run", "seed", "metric", "value", "low_95", "high_95", "n"])
+        lines.writerow(["protocol", "row", "run", "seed", "metric", "value", "low_95", "high_95",
+                        "n"])
         for name, row in rows.items():
             run = (row.net.path, row.net.cfg.seed) if row.net else ("", "")
             for protocol, one in row.tallies.items():
                 spans = one.intervals()
                 for metric, value in one.means().items():
-                    lines.writerow([protocol, name, *run, metric, value, *spans.get(metric, ("", "")),
+                    low, high = spans.get(metric, ("", ""))
+                    lines.writerow([protocol, name, *run, metric, value, low, high,
                                     row.count(f"scored {protocol}")])

@@ -1,4 +1,4 @@
-"""Sums behind the numbers of a table: means, medians and bootstrap intervals in memory that stays the same."""
+"""Sums behind the numbers of a table: means, medians, bootstrap intervals, in constant memory."""
 from __future__ import annotations
 
 import functools
@@ -14,15 +14,15 @@ BLOCKS = 4096                # groups of samples, which the bootstrap draws
 DRAWS = 1000                 # bootstrap replicates
 FINE_MM = 0.02               # of the histogram behind a median
 FINE_BINS = 100_000          # of it: to 2 m
-MEDIAN, SPREAD = "_median", "_spread_percent"          # endings of names that ask for more than a mean
+MEDIAN, SPREAD = "_median", "_spread_percent"          # names that ask for another number
 
 
 class Tally:
     """Sums of values by block of samples: memory does not grow with the number of samples.
 
-    Up to BLOCKS samples each is its own block, beyond they are spread over blocks by a hash. Bootstrap
-    draws blocks, which for one sample a block is the ordinary bootstrap; every tally of n samples
-    draws alike, so differences between two are paired.
+    Up to BLOCKS samples each is its own block, beyond they are spread over blocks by a hash.
+    Bootstrap draws blocks, which for one sample a block is the ordinary bootstrap; every tally of n
+    samples draws alike, so differences between two are paired.
     """
 
     def __init__(self, n: int):
@@ -42,7 +42,7 @@ class Tally:
             pooled = x.dim() == 3
             x = x.reshape(len(x), math.prod(x.shape[1:]))
             known = x.nan_to_num(0.0)
-            parts = torch.stack([known, (~x.isnan()).double(), known.square()], -1)        # (B, P, 3)
+            parts = torch.stack([known, (~x.isnan()).double(), known.square()], -1)  # (B, P, 3)
             parts = parts.sum(1, keepdim=True) if pooled else parts
             zero = torch.zeros(self.blocks, *parts.shape[1:], dtype=torch.float64)
             self.sums.setdefault(name, zero).index_add_(0, block, parts)
@@ -99,7 +99,8 @@ class Tally:
 
     def draws(self, name: str) -> Tensor:
         """Bootstrap replicates of each point's mean, (DRAWS, P)."""
-        total = torch.einsum("rb,bpk->rpk", bootstrap_weights(self.blocks), self.sums[name][..., :2])
+        sums = self.sums[name][..., :2]
+        total = torch.einsum("rb,bpk->rpk", bootstrap_weights(self.blocks), sums)
         return torch.where(total[..., 1] > 0, total[..., 0] / total[..., 1], math.nan)
 
     def interval(self, name: str) -> tuple[float, float]:
