@@ -102,9 +102,9 @@ from common import (
     say, settle, six_d_to_matrix, solarise, steps_per_epoch, to_grey, transform, uniform,
     unwrapped, view_intrinsics, warp, world)
 from hand.drawing import draw_skeleton, sheet
-from sources import batches, hand_for, open_data, training_steps
-from sources.stages import keep_best, launch, mean_hand, probe_error, report
+from sources import Source, batches, hand_for, open_data, training_steps
 from sources.photos import cut_photos
+from sources.stages import keep_best, launch, mean_hand, probe_error, report
 
 import torch
 import torch.nn.functional as F
@@ -213,12 +213,10 @@ class Config(Flags):
 
 
 def configure(given: dict[str, Any], stage: str) -> Config:
-    """The Config of a stage; two defaults hang on other options, and what is given wins."""
+    """The Config of a stage; ViT-L pre-trains for 250 epochs (Sec. 3.1) unless told otherwise."""
     cfg = settle(Config, given, stage, QUICK)
     if stage == "pretrain" and cfg.backbone == "vit_l" and cfg.epochs == Config.epochs:
-        cfg = dataclasses.replace(cfg, epochs=given.get("epochs", 250))               # Sec. 3.1
-    if "warmup_epochs" not in given:
-        cfg = dataclasses.replace(cfg, warmup_epochs=min(cfg.warmup_epochs, cfg.epochs / 10))
+        cfg.epochs = given.get("epochs", 250)
     return cfg
 
 
@@ -1143,13 +1141,14 @@ def parameters(module: nn.Module | None) -> float:
     return sum(p.numel() for p in module.parameters()) / 1e6 if module else 0.0
 
 
-def some(data: Any, n: int, device: torch.device) -> dict:
+def some(data: Source, n: int, device: torch.device) -> dict:
     """A batch of n samples, evenly spaced."""
     return next(batches(data, [torch.linspace(0, len(data) - 1, n).long()], device, 0))
 
 
 @torch.no_grad()
-def draw_pretraining(folder: Path, data: Any, cfg: Config, device: torch.device, grid: int) -> None:
+def draw_pretraining(folder: Path, data: Source, cfg: Config, device: torch.device,
+                     grid: int) -> None:
     """views.png: two views of six samples with key points, and what the student sees of them."""
     batch = some(data, 6, device)
     views, view, masks = make_views(batch, cfg, 0, grid)
@@ -1171,7 +1170,7 @@ def hide(pictures: Tensor, masks: Tensor, instead: Tensor | None = None) -> Tens
 
 
 @torch.no_grad()
-def draw_recovered(folder: Path, model: HandMIM, data: Any, cfg: Config,
+def draw_recovered(folder: Path, model: HandMIM, data: Source, cfg: Config,
                    device: torch.device) -> None:
     """recovered.png: six views, what the student sees of them, with hidden patches recovered."""
     if model.decoder is None:
@@ -1185,7 +1184,7 @@ def draw_recovered(folder: Path, model: HandMIM, data: Any, cfg: Config,
     sheet(folder / "recovered.png", rows, labels=("view", "student sees", "recovered"))
 
 
-def draw_crops(folder: Path, data: Any, cfg: Config, device: torch.device) -> None:
+def draw_crops(folder: Path, data: Source, cfg: Config, device: torch.device) -> None:
     """views.png of fine-tuning: eight augmented crops with their key points."""
     batch = some(data, 8, device)
     A, _ = draw_crop(batch["index"], batch["image"].shape[-1], cfg, 0)

@@ -1068,7 +1068,9 @@ def test_cli_smoke_then_resume_equals_straight_run(tmp_path, monkeypatch):
 
 def test_pretraining_goes_on_from_a_file_student_and_teacher_alike(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    handmim.main([*PRE, "--epochs", "1", "--out", "one"])
+    monkeypatch.setattr(handmim, "probe_error", lambda *given: 2.5)
+    handmim.main([*PRE, "--epochs", "1", "--probe-every", "3", "--out", "one"])
+    assert '"probe_mpjpe_mm": 2.5' in Path("one/pretrain-handmim/log.jsonl").read_text()    # after the last epoch
     handmim.main([*PRE, "--epochs", "0", "--init", "one/backbone.pt", "--out", "two"])
     one, two = (torch.load(f"{name}/backbone.pt", weights_only=True) for name in ("one", "two"))
     assert all(torch.equal(v, two[k]) for k, v in one.items())                       # backbone.pt is the teacher's

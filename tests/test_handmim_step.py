@@ -4,7 +4,10 @@ sample, each loop against a hand-written optimiser, and prediction against train
 The oracles use MANO's layer, `warp`, the draws and the photometric functions of common, and the network's
 own weights; they call none of the script's views, losses or steps. "Sec. 3.1" and the like are the paper's.
 """
+import contextlib
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -344,9 +347,13 @@ class HandAdamW:
 
 
 def watch(monkeypatch, step_name, stop):
-    """Record every step of a command's loop: modes of all modules, then weights, rate and logged terms."""
-    modes, after, rates, logged = [], [], [], []
+    """Record every step of a command's loop: modes of all modules, then weights, rate and logged terms.
+
+    Gradients cross processes at the last micro-batch of a step: `accumulate` is told which that is.
+    """
+    modes, after, rates, logged, lasts = [], [], [], [], []
     step, advance = getattr(handmim, step_name), common.Run.advance
+    monkeypatch.setattr(handmim, "accumulate", lambda net, last: lasts.append(last) or contextlib.nullcontext())
 
     def seen(net, *more):
         modes.append({module.training for module in net.modules()})
@@ -354,6 +361,7 @@ def watch(monkeypatch, step_name, stop):
 
     def noted(run, terms, epoch, lr, may_save):
         assert all(p.grad is None for p in run.model.parameters()), "gradients of this step go into the next"
+        assert lasts[-2:] == [False, True] and len(lasts) == 2 * (run.step + 1)
         after.append({k: v.clone() for k, v in run.model.state_dict().items()})
         rates.append(lr)
         logged.append({k: float(v) for k, v in terms.items()})
@@ -383,11 +391,11 @@ SIZES = ["--backbone", "vit_mini", "--image-size", str(S), "--batch-size", "4", 
 
 
 def test_pretraining_loop_is_adamw_ema_and_centres_by_hand(monkeypatch, tmp_path):
-    """Five steps of 20: warm-up over 3, prototypes still for 2, a probe after 2 and 4, gradients clipped."""
+    """Five steps of 20: warm-up over 3, prototypes still for 2, a probe after 4, gradients clipped."""
     monkeypatch.chdir(tmp_path)
     init = first_weights("init.pt")
-    data = Few({"image": pictures(8)})
-    monkeypatch.setattr(handmim, "open_data", lambda *given, **more: data)
+    data, opened = Few({"image": pictures(8)}), []
+    monkeypatch.setattr(handmim, "open_data", lambda cfg, *given, **more: opened.append((*given, more)) or data)
     monkeypatch.setattr(handmim, "draw_pretraining", lambda *given: None)
     monkeypatch.setattr(handmim, "CLIP", 0.05)
     probed = []
@@ -395,9 +403,12 @@ def test_pretraining_loop_is_adamw_ema_and_centres_by_hand(monkeypatch, tmp_path
     modes, after, rates, logged = watch(monkeypatch, "pretrain_step", stop=5)
     with pytest.raises(KeyboardInterrupt):
         handmim.main(["--data", "synthetic", "--epochs", "10", *SIZES, "--lr", "2.56", "--warmup-epochs", "1.5",
-                      "--weight-decay", "4.0", "--teacher-momentum", "0.5", "--probe-every", "1", "--drop-path", "0.5",
+                      "--weight-decay", "4.0", "--teacher-momentum", "0.5", "--probe-every", "2", "--drop-path", "0.5",
                       "--prototypes", "12", "--head-hidden", "8", "--decoder-width", "2", "--init", "init.pt"])
-    assert modes == [{True}] * 10 and len(probed) == 2
+    assert modes == [{True}] * 10 and len(probed) == 1
+    assert opened == [(("synthetic",), "train", 48, 1.7, CPU, {})]          # 1.5 x 32 px, 1.2 x sqrt(2) boxes
+    epochs = [json.loads(line) for line in Path("run/pretrain-handmim/log.jsonl").open() if "loss" not in line][1:]
+    assert epochs == [{"epoch": 1}, {"epoch": 2, "probe_mpjpe_mm": 1.0}]
 
     torch.manual_seed(3)
     model = HandMIM(Config(**TINY))
@@ -630,25 +641,33 @@ def test_finetuning_loop_is_adam_by_hand(monkeypatch, tmp_path, frozen):
     """Three steps at a constant rate, without decay or clipping; a validation after the second."""
     monkeypatch.chdir(tmp_path)
     init = first_weights("init.pt")
-    data = Few(labelled(8, 4))
+    data, val, opened = Few(labelled(8, 4)), Few(labelled(2, 5)), []
     mean = {"pose": 0.1 * torch.randn(48), "shape": torch.full((10,), 0.3), "uv": torch.rand(21, 2),
             "joints": torch.zeros(21, 3), "labels": 8}
     kept = []
 
     def judged(run, epoch, *more):
         run.model.eval()
-        kept.append((epoch, more[-1]["row"]))
-        return {}
+        kept.append((epoch, more[0] is val, more[-1]["row"], more[-1]["mean"] is mean))
+        return {"val_mpjpe_mm": 7.0}
 
-    monkeypatch.setattr(handmim, "open_data", lambda *given, **more: data)
-    monkeypatch.setattr(handmim, "mean_hand", lambda data: mean)
+    def opener(cfg, specs, split, *given, **more):
+        opened.append((specs, split, *given, more))
+        return {"train": data, "val": val}[split]
+
+    monkeypatch.setattr(handmim, "open_data", opener)
+    monkeypatch.setattr(handmim, "mean_hand", lambda given: mean if given is data else None)
     monkeypatch.setattr(handmim, "draw_crops", lambda *given: None)
     monkeypatch.setattr(handmim, "keep_best", judged)
     modes, after, rates, logged = watch(monkeypatch, "finetune_step", stop=3)
     with pytest.raises(KeyboardInterrupt):
         handmim.main(["--finetune", "synthetic", "--epochs", "2", *SIZES, "--lr", "0.01", "--init", "init.pt",
                       "--freeze-blocks", str(frozen), "--mano", "builtin"])
-    assert modes == [{True}] * 6 and kept == [(0, "init")]
+    assert modes == [{True}] * 6 and kept == [(0, True, "init", True)]
+    assert opened == [(("synthetic",), "train", 56, 2.2, CPU, {"labelled": True}),             # 1.75 x 32 px
+                      (("synthetic",), "val", 56, 2.2, CPU, {})]
+    epochs = [json.loads(line) for line in Path("run/finetune-init/log.jsonl").open() if "loss" not in line][1:]
+    assert epochs == [{"epoch": 1, "val_mpjpe_mm": 7.0}]
 
     torch.manual_seed(3)
     cfg = Config(**TINY, finetune="synthetic", mano="builtin")
@@ -746,3 +765,76 @@ def test_draws_are_new_for_each_epoch_view_sample_and_seed_and_the_same_again(na
     others = [DRAWS[name](index, cfg, 1, 0), DRAWS[name](index, Config(**TINY | dict(seed=4)), 0, 0)]
     others += [] if name in ("crop", "hand colour") else [DRAWS[name](index, cfg, 0, 1)]     # one view a sample
     assert not any(torch.equal(one[k], first[k]) for one in others for k in (0, 1))
+
+
+# ---- Commands
+
+
+def test_each_command_runs_its_stages_with_their_options(monkeypatch, tmp_path):
+    """--quick: iBOT, HandMIM, then three rows with the weights of their own pre-training; Tab. 3 in small."""
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    monkeypatch.setattr(handmim, "pretrain", lambda cfg, out, device, file="backbone.pt": ran.append(
+        ("pretrain", cfg.objective, cfg.variant, file, cfg.epochs)))
+    monkeypatch.setattr(handmim, "finetune", lambda cfg, out, row, device: ran.append(
+        ("finetune", row, cfg.init, cfg.variant, cfg.finetune, cfg.epochs)))
+    monkeypatch.setattr(handmim, "report", lambda cfg, out, rows, device, build, side, margin: ran.append(
+        ("report", rows, build(cfg).__class__, side, margin)))
+    handmim.main(["--quick", "--variant", "no-recon", "pymaf-sampler", "--out", "a", "--device", "cpu"])
+    tuned = ("pymaf-sampler",), "synthetic:calm", 4
+    assert ran == [
+        ("pretrain", "ibot", (), "backbone-ibot.pt", 2), ("pretrain", "handmim", ("no-recon",), "backbone.pt", 2),
+        ("finetune", "scratch", "random", *tuned),
+        ("finetune", "ibot", str(Path("a", "backbone-ibot.pt")), *tuned),
+        ("finetune", "handmim-no-recon-pymaf-sampler", str(Path("a", "backbone.pt")), *tuned),
+        ("report", ["scratch", "ibot", "handmim-no-recon-pymaf-sampler"], HandNet, 112, 2.2)]
+    ran.clear()
+    handmim.main(["--finetune", "ho3d=DIR", "--init", "x/backbone-ibot.pt", "--out", "b", "--device", "cpu",
+                  "--variant", "linear-rectifiers"])
+    row = "ibot-linear-rectifiers"
+    assert ran == [("finetune", row, "x/backbone-ibot.pt", ("linear-rectifiers",), "ho3d=DIR", 100),
+                   ("report", [row], HandNet, 392, 2.2)]
+    ran.clear()
+    handmim.main(["--data", "freihand=A", "yt3d=B", "--backbone", "vit_l", "--out", "c", "--device", "cpu"])
+    assert ran == [("pretrain", "handmim", (), "backbone.pt", 250)]
+
+
+def test_defaults_left_open_by_the_paper_are_ibot_s():
+    """Typed from iBOT's README recipe and defaults (1)."""
+    cfg = handmim.configure({}, "pretrain")
+    assert (cfg.warmup_epochs, cfg.weight_decay, cfg.teacher_momentum, cfg.drop_path) == (10, 0.4, 0.996, 0.1)
+    assert (cfg.prototypes, cfg.head_hidden, cfg.objective, cfg.image_size) == (8192, 2048, "handmim", 224)
+
+
+# ---- Small things that the tiny networks above never reach
+
+
+def test_only_the_network_of_a_fine_tuning_step_is_in_bfloat16(monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr(handmim, "uniform", uniform)
+    monkeypatch.setattr(handmim, "normal", normal)
+    monkeypatch.setattr(handmim, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    net, batch, seen = awake_hand(), labelled(2, 3) | {"index": torch.arange(2)}, {}
+    batch = {k: v.float() if isinstance(v, torch.Tensor) and v.dtype == EXACT else v for k, v in batch.items()}
+    net.backbone.blocks[0].mlp.fc1.register_forward_hook(lambda _, x, y: seen.update(inside=y.dtype))
+    net.rectifiers[0].mlp[0].register_forward_hook(lambda _, x, y: seen.update(feedback=y.dtype))
+    for run in (lambda: finetune_step(net, batch, Config(**TINY, finetune="synthetic"), 0)["loss"],
+                lambda: net.predict(batch)["joints"]):
+        seen.clear()
+        assert run().dtype == torch.float32
+        assert seen == {"inside": torch.bfloat16, "feedback": torch.float32}
+
+
+def test_a_point_nearer_than_5_cm_is_seen_as_if_at_5_cm():
+    K = torch.tensor([[[100.0, 0, 10], [0, 100, 20], [0, 0, 1]]])
+    points = torch.tensor([[[0.01, 0.02, 0.01], [0.01, 0.02, -1.0], [0.01, 0.02, 0.1]]])
+    found = handmim.project(points, K)[0]
+    assert torch.allclose(found, torch.tensor([[30.0, 60], [30, 60], [20, 40]]))
+
+
+def test_a_term_that_no_sample_has_a_label_for_is_zero():
+    loss = torch.tensor([3.0, 5.0], requires_grad=True)
+    none = handmim.masked(loss, torch.tensor([False, False]))
+    assert float(none.detach()) == 0 and float(handmim.masked(loss, torch.tensor([False, True])).detach()) == 5
+    none.backward()
+    assert loss.grad.tolist() == [0, 0]

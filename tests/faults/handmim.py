@@ -23,7 +23,7 @@ FAULTS = [
     ("handmim.py", "p = ((teacher - centre) / tau).softmax(-1)\n    return", "p = (teacher / tau).softmax(-1)\n    return", "test_handmim.py", "match_golden or match_loops"),
     ("handmim.py", "cross_entropy(student, teacher.flip(1), centre, tau).mean()", "cross_entropy(student, teacher, centre, tau).mean()", "test_handmim.py", "match_loops"),
     ("handmim.py", "weight = 1 / hidden.sum(1, keepdim=True).clamp(min=1) / len(x)", "weight = 1 / hidden.sum(1, keepdim=True).clamp(min=1)", "test_handmim.py", "a_pass_scores"),
-    ("handmim.py", "self.mean_logits(patches.flatten(0, 1))", "self.mean_logits(patches[hidden])", "test_handmim.py", "a_pass_scores"),
+    ("handmim.py", "centre_patch=self.mean_logits(true[:, 1:].flatten(0, 1))", "centre_patch=self.mean_logits(true[:, 1:][hidden])", "test_handmim.py", "a_pass_scores"),
     ("handmim.py", "        if k + 1 in taps:\n            tapped.append(x)\n    return vit.norm(x), tapped", "        if k in taps:\n            tapped.append(x)\n    return vit.norm(x), tapped", "test_handmim.py", "masked_vit"),
     ("handmim.py", "x = F.interpolate(x, scale_factor=2 ** k) if k else x", "x = F.interpolate(x, scale_factor=2 ** k, mode='bilinear') if k else x", "test_handmim.py", "linear_of"),
     ("handmim.py", "T = up(F.gelu(x))", "T = up(F.relu(x))", "test_handmim.py", "linear_of"),
