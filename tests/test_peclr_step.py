@@ -5,6 +5,7 @@ no view, loss, step or optimiser of peclr.py. Everything is float64.
 """
 import colorsys
 import copy
+import json
 import math
 
 import common
@@ -13,19 +14,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peclr import Config, HandNet, PeCLR
+from sources import Source
+from sources.loader import Joined
 
 SIDE, STORED = 32, 48
 TINY = dict(backbone="resnet10", image_size=SIDE, workers=0)
 MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float64)[..., None, None]
 
 
-@pytest.fixture(autouse=True)
-def exact(monkeypatch):
-    """float64 networks, draws and pictures."""
+def exact_names(monkeypatch):
+    """Draws and pictures of the script in float64."""
     for name in ("uniform", "normal"):
         draw = getattr(common, name)
         monkeypatch.setattr(peclr, name, lambda *words, draw=draw: draw(*words).double())
     monkeypatch.setattr(peclr, "normalise", lambda pictures: (pictures.double() / 255 - MEAN) / STD)
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """float64 networks, draws and pictures."""
+    exact_names(monkeypatch)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -163,6 +171,19 @@ def true_views(batch, cfg, epoch):
     return torch.stack(views), drawn
 
 
+def normed(layer, x):
+    """BatchNorm over the rows of x, by hand; the statistics of training mode are kept for `moved`."""
+    if not layer.training:
+        return (x - layer.running_mean) / (layer.running_var + 1e-5).sqrt() * layer.weight + layer.bias
+    kept(layer, x)
+    return (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt() * layer.weight + layer.bias
+
+
+def kept(layer, x):
+    axes = [0, 2, 3][:x.ndim - 1]
+    layer.calls = [*getattr(layer, "calls", ()), (x.detach().mean(axes), x.detach().var(axes))]
+
+
 # ---- Oracles: pre-training, Eq. 1, 3, 4
 
 
@@ -171,8 +192,7 @@ def true_projections(model, batch, cfg, epoch):
     views, drawn = true_views(batch, cfg, epoch)
     f = model.backbone(views.flatten(0, 1))[-1]
     h = F.linear(f.sum((2, 3)) / (f.shape[2] * f.shape[3]), model.g[0].weight, model.g[0].bias)
-    h = (h - h.mean(0)) / (h.var(0, unbiased=False) + 1e-5).sqrt() * model.g[1].weight + model.g[1].bias
-    p = (h.clamp(min=0) @ model.g[3].weight.T).unflatten(0, (2, -1))
+    p = (normed(model.g[1], h).clamp(min=0) @ model.g[3].weight.T).unflatten(0, (2, -1))
     if cfg.objective == "simclr":                                           # Eq. 1: nothing is undone
         return p
     out = []
@@ -267,9 +287,7 @@ def true_output(model, pictures, Ks, cfg):
     x = torch.stack(given)
     for k in (0, 3):                                                        # Linear, BatchNorm, (Leaky)ReLU, twice
         x = F.linear(x, model.refine[k].weight, model.refine[k].bias)
-        norm = model.refine[k + 1]
-        mean, var = (x.mean(0), x.var(0, unbiased=False)) if norm.training else (norm.running_mean, norm.running_var)
-        x = (x - mean) / (var + 1e-5).sqrt() * norm.weight + norm.bias
+        x = normed(model.refine[k + 1], x)
         x = torch.where(x > 0, x, x * (0.01 if cfg.bone == "middle" else 0.0))
     return out, torch.stack(rays), torch.stack(roots) + F.linear(x, model.refine[6].weight, model.refine[6].bias)[:, 0]
 
@@ -412,3 +430,296 @@ def test_a_step_of_finetuning_is_equation_5_and_the_root_s_depth_with_all_their_
         for (name, a), b in zip(model.named_buffers(), other.named_buffers(), strict=True):
             if name.startswith("backbone"):
                 assert torch.allclose(a, b[1]), name
+
+
+# ---- Loops: three steps an epoch for two epochs of the real command
+
+
+class Few(Source):
+    """Some samples as a source."""
+
+    name = box_source = "few"
+
+    def __init__(self, batch):
+        self.batch = {key: value for key, value in batch.items() if key != "index"}
+
+    def __len__(self):
+        return len(self.batch["image"])
+
+    def batches(self, plan, device, workers):
+        for chosen in plan:
+            yield rows(self.batch, chosen)
+
+    def targets(self, chosen):
+        known = {key: value for key, value in rows(self.batch, chosen).items() if key != "image"}
+        return known | {"side_px": torch.full((len(chosen),), float(STORED)), "pose": torch.full((len(chosen), 48), math.nan),
+                        "shape": torch.full((len(chosen), 10), math.nan)}
+
+    def gives(self, key):
+        return True
+
+
+def twelve():
+    """Twelve samples, twice of each kind."""
+    one, two = samples(seed=3), samples(seed=4)
+    return {key: torch.cat([one[key], two[key]]) for key in one}
+
+
+class Watched:
+    """What a command's loop did: a record for each step, of weights, gradients, rates, modes and inputs."""
+
+    def __init__(self, monkeypatch, train, val=None):
+        self.steps, self.given, self.model = [], [], None
+        watch, training_steps = self, peclr.training_steps
+
+        def steps(data, cfg, epoch, first, device, *order):
+            for step, micro_batches in training_steps(data, cfg, epoch, first, device, *order):
+                watch.given.append((epoch, micro_batches))
+                yield step, micro_batches
+
+        def spied(optimizer):
+            class Spy(optimizer):
+                def step(self, closure=None):
+                    watch.steps.append({
+                        "before": copy.deepcopy(watch.model), "rates": [group["lr"] for group in self.param_groups],
+                        "grads": {name: None if p.grad is None else p.grad.clone() for name, p in watch.model.named_parameters()},
+                        "modes": {name: part.training for name, part in watch.model.named_modules()}})
+                    super().step(closure)
+                    watch.steps[-1]["after"] = copy.deepcopy(watch.model.state_dict())
+            return Spy
+
+        def built(kind):
+            def build(cfg):
+                watch.model = kind(cfg)
+                watch.initial = copy.deepcopy(watch.model.state_dict())
+                watch.seen = []
+                watch.model.register_forward_pre_hook(lambda model, given: watch.seen.append(given[0].detach().clone())
+                                                      if model.training else None)
+                return watch.model
+            return build
+
+        monkeypatch.setattr(peclr, "training_steps", steps)
+        monkeypatch.setattr(peclr, "Lars", spied(peclr.Lars))
+        monkeypatch.setattr(torch.optim, "Adam", spied(torch.optim.Adam))
+        monkeypatch.setattr(peclr, "PeCLR", built(PeCLR))
+        monkeypatch.setattr(peclr, "HandNet", built(HandNet))
+        monkeypatch.setattr(peclr, "open_data", lambda cfg, specs, split, *words, **more: train if split == "train" else val)
+        for name in ("draw_views", "draw_crops", "report"):
+            monkeypatch.setattr(peclr, name, lambda *words: None)
+
+
+WORDS = ["--backbone", "resnet10", "--image-size", str(SIDE), "--batch-size", "4", "--epochs", "2", "--workers", "0",
+         "--device", "cpu", "--seed", "5"]
+
+
+@pytest.fixture
+def first_weights(tmp_path):
+    """A file of back-bone weights, as --init takes it."""
+    torch.manual_seed(7)
+    state = PeCLR(Config(**TINY)).backbone.state_dict()
+    for key in state:
+        if "running" in key:
+            state[key] = 0.5 + torch.rand_like(state[key])
+    torch.save(state, tmp_path / "first.pt")
+    return tmp_path / "first.pt", state
+
+
+def moved(before, layer_calls):
+    """One update of running statistics, by a tenth, to the mean over the micro-batches (DESIGN: one a step)."""
+    return [0.9 * old + 0.1 * sum(new) / len(new) for old, new in zip(before, zip(*layer_calls))]
+
+
+def check_loop(watch, terms_of, adam, rates, first, frozen=()):
+    """Each step: gradients by the oracle, then a hand-written optimiser and BatchNorm; modes; rates."""
+    moments = {}
+    running = watch.initial | {f"backbone.{key}": value for key, value in first.items()}     # --init arrived
+    assert all(torch.equal(p, running[name]) for name, p in watch.steps[0]["before"].named_parameters() if name.startswith("backbone"))
+    for number, (step, (epoch, micro_batches)) in enumerate(zip(watch.steps, watch.given, strict=True)):
+        other = step["before"]
+        for layer in other.modules():
+            layer._forward_pre_hooks.clear()
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.register_forward_pre_hook(lambda layer, given: kept(layer, given[0]) if layer.training else None)
+        assert step["modes"] == {name: not name.startswith(frozen) if frozen else True for name in step["modes"]}
+        assert step["rates"] == [pytest.approx(rates[number], abs=1e-12)] * 2
+        assert epoch == number // 3
+        old = copy.deepcopy(other.state_dict())
+        other.zero_grad()
+        terms_of(other, micro_batches, epoch).backward()
+        for name, p in other.named_parameters():
+            if frozen and name.startswith(frozen):
+                assert step["grads"][name] is None and torch.equal(step["after"][name], old[name]), name
+                continue
+            assert close(step["grads"][name], p.grad, 1e-8), name
+            m, v = moments.get(name, (torch.zeros_like(p), torch.zeros_like(p)))
+            w, m, v = adam(old[name], step["grads"][name], m, v, number + 1, rates[number])      # a bias before a norm has but noise
+            moments[name] = m, v
+            assert close(step["after"][name], w, 1e-10), name
+        for name, layer in other.named_modules():                        # moved before the optimiser stepped
+            if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
+                want = [running[f"{name}.running_mean"], running[f"{name}.running_var"]]
+                want = moved(want, layer.calls) if layer.training else want
+                assert close(old[f"{name}.running_mean"], want[0], 1e-8) and close(old[f"{name}.running_var"], want[1], 1e-8), name
+        running = old
+
+
+def adam(w, g, m, v, t, rate):
+    """Kingma and Ba 2015, Algorithm 1, its defaults."""
+    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+    return w - rate * (m / (1 - 0.9 ** t)) / ((v / (1 - 0.999 ** t)).sqrt() + 1e-8), m, v
+
+
+def lars_adam(w, g, m, v, t, rate, decay=0.05):
+    """Notes 1.6: decay on matrices alone, trust 0.02 for every tensor, then Adam."""
+    decay = decay if w.ndim > 1 else 0.0
+    if w.norm() > 0 and g.norm() > 0:
+        q = 0.02 * w.norm() / (g.norm() + decay * w.norm() + 1e-8)
+        g = (g + decay * w) * (min(1.0, float(q) / rate) if rate else 1.0)
+    return adam(w, g, m, v, t, rate)
+
+
+def pretraining(monkeypatch, tmp_path, *words, data=None):
+    watch = Watched(monkeypatch, Few(twelve()) if data is None else data)
+    peclr.main(["--data", "synthetic", "--out", str(tmp_path / f"run{len(list(tmp_path.iterdir()))}"), *WORDS, *words])
+    return watch
+
+
+PEAK = 0.3 * math.sqrt(4 / 2048)
+WARM = [0.0, PEAK / 2, PEAK, PEAK, PEAK * 0.75, PEAK * 0.25]              # 3 steps up, then cosine at 0, 1/3, 2/3
+
+
+@pytest.mark.parametrize("form", ["whole", "cached", "accumulated"])
+def test_the_loop_of_pretraining_is_lars_adam_on_the_equations(form, monkeypatch, tmp_path, first_weights):
+    words = ["--micro-batch", "4" if form == "whole" else "2", *["--variant", "accumulate"] * (form == "accumulated")]
+    watch = pretraining(monkeypatch, tmp_path, *words, "--init", str(first_weights[0]), "--lr", "0.3",
+                        "--weight-decay", "0.05", "--warmup-epochs", "1")
+    cfg = Config(seed=5, variant=("accumulate",) if form == "accumulated" else (), **TINY)
+    check_loop(watch, lambda model, parts, epoch: true_pretraining(model, parts, cfg, epoch)["loss"], lars_adam, WARM,
+               first_weights[1])
+    written, = tmp_path.glob("run*/backbone.pt")
+    assert all(torch.equal(value, watch.model.backbone.state_dict()[key]) for key, value in torch.load(written).items())
+
+
+def test_views_differ_between_epochs_views_and_samples_and_agree_between_runs(monkeypatch, tmp_path):
+    one = samples()
+    same = {key: value[:1].repeat(12, *[1] * (value.ndim - 1)) for key, value in one.items()}
+    found = []
+    for seed in ("5", "5", "6"):
+        watch = pretraining(monkeypatch, tmp_path, "--micro-batch", "4", "--seed", seed, data=Few(same))
+        found.append(torch.cat(watch.seen))
+        monkeypatch.undo()
+        exact_names(monkeypatch)
+    assert found[0].shape == (2 * 3 * 2 * 4, 3, SIDE, SIDE)               # epochs, steps, views, samples
+    assert torch.equal(found[0], found[1])
+    every = torch.cat([found[0], found[2]]).flatten(1)
+    assert len(every.unique(dim=0)) == len(every)
+
+
+def test_each_epoch_of_mixed_data_draws_every_source_equally_often(monkeypatch, tmp_path):
+    """Ten and two samples: six of each, the small ones three times, in another order and with other views."""
+    ten, two_more = Few(rows(twelve(), slice(0, 10))), Few(rows(twelve(), slice(10, 12)))
+    watch = pretraining(monkeypatch, tmp_path, "--micro-batch", "4", data=Joined([ten, two_more]))
+    plans = [torch.cat([batch["index"] for at, (batch,) in watch.given if at == epoch]) for epoch in (0, 1)]
+    for plan in plans:
+        assert ((plan % 12) < 10).sum() == 6 and torch.bincount(plan % 12)[10:].tolist() == [3, 3]
+        assert len(plan.unique()) == 12
+    assert plans[0].tolist() != plans[1].tolist()
+    monkeypatch.undo()
+    exact_names(monkeypatch)
+    watch = pretraining(monkeypatch, tmp_path, "--micro-batch", "4", "--mix", "concat", data=Joined([ten, two_more]))
+    assert all(torch.cat([batch["index"] for at, (batch,) in watch.given if at == epoch]).unique().numel() == 12 for epoch in (0, 1))
+    assert all(batch["index"].max() < 12 for _, (batch,) in watch.given)
+
+
+@pytest.mark.parametrize("freeze", [False, True], ids=["tuned", "frozen"])
+def test_the_loop_of_finetuning_is_adam_on_equation_5_also_after_a_validation(freeze, monkeypatch, tmp_path, first_weights):
+    watch = Watched(monkeypatch, Few(twelve()), Few(rows(samples(seed=8), [0, 1, 3])))
+    peclr.main(["--finetune", "synthetic", "--out", str(tmp_path / "run"), *WORDS, "--init", str(first_weights[0]),
+                "--micro-batch", "2", "--lr", "0.01", "--weight-decay", "0.05", *["--freeze"] * freeze])
+    cfg = Config(seed=5, freeze=freeze, **TINY)
+
+    def loss(model, parts, epoch):
+        return sum(true_finetuning(model, part, cfg, epoch)["loss"] for part in parts) / len(parts)
+
+    def decayed(w, g, *words):
+        return adam(w, g + 0.05 * w if w.ndim > 1 else g, *words)
+
+    rates = [0.005 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
+    check_loop(watch, loss, decayed, rates, first_weights[1], ("backbone",) if freeze else ())
+    if freeze:                                                             # neither weights nor statistics
+        assert all(torch.equal(value, first_weights[1][key]) for key, value in watch.model.backbone.state_dict().items())
+    log = [json.loads(line) for line in (tmp_path / "run").glob("*/log.jsonl").__next__().read_text().splitlines()]
+    assert [line["epoch"] for line in log if "val_mpjpe_mm" in line] == [1, 2]
+    inputs = torch.cat(watch.seen).flatten(1)
+    assert len(inputs) == 24 and len(inputs.unique(dim=0)) == 24
+
+
+# ---- Prediction is training's twin
+
+
+def true_prediction(model, batch, cfg):
+    """Eq. 6 sample by sample: joints m and uv px of image (B, 21, .), typed from notes 1.9 to 1.11."""
+    joints, where = [], []
+    for b in range(len(batch["image"])):
+        K = true_camera(batch, b)
+        A = matrix([(STORED - 1) / 2] * 2, STORED / 0.7 / 2.2, 0.0, [0.0, 0.0])
+        out = None
+        for _ in range(1 + cfg.two_pass):
+            if out is not None:                                            # the points' box fills 70 % of the crop
+                seen = affine(torch.linalg.inv(A), out[0, :, :2].detach())
+                low, high = seen.min(0).values, seen.max(0).values
+                A = matrix(((low + high) / 2).tolist(), max(4.0, float((high - low).max())) / 0.7, 0.0, [0.0, 0.0])
+            crop = (common.warp(batch["image"][b:b + 1], A[None], SIDE)[0] / 255 - MEAN) / STD
+            out, rays, root = true_output(model, crop[None], [A @ K], cfg)
+        hand, ray, root = out[0].detach(), rays[0], root[0].detach()
+        X = torch.cat([ray, torch.ones(21, 1)], 1) * (hand[:, 2] + root)[:, None]
+        if cfg.bone == "middle":
+            X[0] = 2 * X[0] - X[9]
+        uv = hand[:, :2].clone()
+        p = A @ K @ (X[0] / X[0, 2])
+        uv[0] = p[:2]
+        length = float(batch["scale"][b]) if batch["scale"][b] != 1 else float(model.unit)
+        X = X * length / (float((X[10] - X[9]).norm()) if cfg.bone == "index" else 1)
+        joints.append(X)
+        where.append(affine(torch.linalg.inv(A), uv))
+    return torch.stack(joints), torch.stack(where)
+
+
+@pytest.mark.parametrize("two_pass", [False, True], ids=["one-pass", "two-pass"])
+@pytest.mark.parametrize("bone", ["middle", "index"])
+def test_prediction_is_equation_6_of_what_the_network_answers(bone, two_pass):
+    cfg = Config(bone=bone, two_pass=two_pass, **TINY)
+    model, batch = hand_net(cfg).eval(), samples()
+    model.unit.fill_(0.033)
+    with torch.no_grad():
+        got = model.predict({key: batch[key] for key in HandNet.USES})
+    joints, uv = true_prediction(model, batch, cfg)
+    assert close(got["joints"], joints) and close(got["uv"], uv) and torch.equal(got["root"], got["joints"][:, 0])
+
+
+@pytest.mark.parametrize("bone", ["middle", "index"])
+def test_without_augmentation_the_step_sees_and_scores_what_prediction_does(bone, monkeypatch):
+    """The same pictures and intrinsics; and its terms are the errors of the prediction, in px, bones and metres."""
+    monkeypatch.setattr(peclr, "uniform", lambda index, n, *words: torch.full((len(index), n), 0.5))
+    cfg = Config(bone=bone, **TINY)
+    model, batch = hand_net(cfg).eval(), rows(samples(), [0, 0])
+    seen = []
+    model.register_forward_pre_hook(lambda model, given: seen.append(given))
+    terms = peclr.finetune_step(model, batch, cfg, 0)
+    got = model.predict({key: batch[key] for key in HandNet.USES})
+    (step_images, step_K), (images, K) = seen
+    assert torch.equal(step_images, images) and torch.equal(step_K, K)
+    zoom = SIDE / (STORED / 0.7 / 2.2)                                     # px of the crop in a px of image
+    error = (got["uv"] - batch["uv"])[:, 1:].abs().mean()
+    K0 = batch["K"][0]
+    center = (batch["joints"][0, 0] + batch["joints"][0, 9]) / 2 if bone == "middle" else batch["joints"][0, 0]
+    guess = (got["joints"][0, 0] + got["joints"][0, 9]) / 2 if bone == "middle" else got["joints"][0, 0]
+    true, mine = (K0 @ (x / x[2]) for x in (center, guess))
+    first = (true - mine)[:2].abs().mean()
+    assert float(terms["L_J2D"]) == pytest.approx(float(zoom * (20 * error + first) / 21), rel=1e-6)
+    m, n = (9, 10) if bone == "middle" else (0, 5)
+    unit = (batch["joints"][0, n] - batch["joints"][0, m]).norm()
+    if bone == "middle":                                                   # scale is that bone's true length
+        assert float(terms["L_root"]) == pytest.approx(float((guess[2] - center[2]).abs() / unit), rel=1e-6)
+        d = [(x[:, 2] - root[2])[1:] / unit for x, root in ((got["joints"][0], guess), (batch["joints"][0], center))]
+        assert float(terms["L_d"]) == pytest.approx(float((d[0] - d[1]).abs().sum() / 21), rel=1e-6)
