@@ -956,13 +956,6 @@ def auc(errors: Tensor, limit: float = 0.05) -> Tensor:
     return (99.5 - first).div_(99).clamp_(0, 1)                       # NaN stays NaN
 
 
-def pck_curve(errors: Tensor, limit: float = 0.05) -> tuple[Tensor, Tensor]:
-    """(100,) thresholds from 0 to `limit` and (100,) shares of the errors that are <= each."""
-    steps = torch.linspace(0, limit, 100, dtype=torch.float64, device=errors.device)
-    errors = errors[~errors.isnan()].double().sort().values
-    return steps, torch.searchsorted(errors, steps, right=True).double() / max(len(errors), 1)
-
-
 def pck_2d(pred: Tensor, true: Tensor, ok: Tensor | None = None, reach: float = 0.2) -> Tensor:
     """1 where a key point is nearer than `reach` of the hand's box, else 0: (N, P, 2) px -> (N, P).
 
@@ -1460,15 +1453,6 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
             layer.num_batches_tracked.copy_(count)
 
 
-def average_buffers(model: nn.Module) -> None:
-    """Mean of BatchNorm's running statistics over processes, once a step."""
-    if world() > 1:
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                torch.distributed.all_reduce(buffer)
-                buffer /= world()
-
-
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Optimiser groups: weight decay on matrices and kernels, none on biases and norms."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -1484,26 +1468,6 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
     if n < 1:
         raise UserError("the data set is empty: no sample is left to train on")
     return max(1, n // batch_size)
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Move the tensors of a (nested) batch; strings stay."""
-    if isinstance(batch, dict):
-        return {k: to_device(v, device) for k, v in batch.items()}
-    wait = torch.device(device).type == "cpu"                   # a copy to the CPU is read at once
-    return batch.to(device, non_blocking=not wait) if isinstance(batch, Tensor) else batch
-
-
-def gather(parts: list[dict[str, Tensor]], n: int) -> dict[str, Tensor]:
-    """Columns of n samples, process r's those of range(r, n, world): all of them, in that order."""
-    mine = {k: torch.cat([part[k] for part in parts]).cpu() for k in parts[0]} if parts else {}
-    if world() == 1:
-        return mine
-    everyone: list[Any] = [None] * world()
-    torch.distributed.all_gather_object(everyone, mine)
-    order = torch.cat([torch.arange(n)[r::world()] for r in range(world())]).argsort()
-    keys = next((part for part in everyone if part), {})
-    return {k: torch.cat([part[k] for part in everyone if part])[order] for k in keys}
 
 
 def say(text: str) -> None:
@@ -1630,35 +1594,3 @@ class Run:
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "step": self.step, "memo": self.memo, "log_bytes": self.log.size()})
         self.saved = time.monotonic()
-
-
-# Fine-tuning: what the second stage of every script ends in
-
-
-def row_name(init: str) -> str:
-    """What a fine-tuned row is called: scratch, the method that made --init, or the file's name."""
-    if init == "random":
-        return "scratch"
-    file = Path(init)
-    made = {p.name.removeprefix("pretrain-") for p in file.parent.glob("pretrain-*")}
-    named = {name for name in made if (file.parent / f"backbone-{name}.pt").is_file()}
-    left = made - named if file.name == "backbone.pt" else ()
-    return left.pop() if len(left) == 1 else file.stem.removeprefix("backbone-")
-
-
-def origin(init: str) -> str:
-    """Where a row's first weights come from, back to the beginning: for the line below a table."""
-    if init == "random":
-        return "random weights"
-    log = Path(init).parent / f"pretrain-{row_name(init)}" / "config.json"
-    if not log.is_file():
-        return init
-    cfg = json.loads(log.read_text())["cfg"]
-    return f"{init}, pre-trained on {' '.join(cfg['data'])} from {origin(cfg['init'])}"
-
-
-def stored_config(Config: type, stored: dict[str, Any]) -> Any:
-    """The Config that a checkpoint keeps as a plain dict, without options of other versions."""
-    known = {field.name for field in dataclasses.fields(Config)}
-    return Config(**{name: tuple(value) if isinstance(value, list) else value
-                     for name, value in stored.items() if name in known})

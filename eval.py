@@ -66,19 +66,21 @@ from typing import Any
 # common before torch: it settles how threads wait
 from common import (
     FINGERS, MANO_TO_OURS, N_JOINTS, ROOT, Flags, Mano, UserError, axis_angle_to_matrix, barrier,
-    guarded, invert, load_checkpoint, matrix_to_axis_angle, place, rank, say, start, stored_config,
-    to_device, transform, view_intrinsics)
+    guarded, invert, load_checkpoint, matrix_to_axis_angle, place, rank, say, start, transform,
+    view_intrinsics)
 from hand import hand_mark, user_hand
 from hand.drawing import (
     CURVE_COLOURS, draw_mesh, draw_side, draw_skeleton, figure, label, save_png, sheet)
 from sources import Hands, batches, data_name, hand_for, open_data, read_index
 from sources.index import PICTURES, Index, tight_box, unmirror
 from sources.interhand import INTERHAND_TO_OURS
+from sources.loader import to_device
 from sources.judging import LIMITS, Exam, Row, assess
 from sources.pictures import detect_hands, read_image
 from sources.predictors import Net
 from sources.protocols import PROTOCOLS, SUBMIT
 from sources.sheets import best_median_worst, draw_rows
+from sources.stages import stored_config
 from sources.tables import (
     about_table, differences, gain, markdown, px_compare, score_table, seed_table, write_csv,
     write_results)

@@ -73,18 +73,18 @@ from typing import Any, NamedTuple
 from common import (
     MIDDLE_MCP, N_JOINTS, N_VERTS, Flags, Mano, Run, UserError, accumulate, arg, autocast,
     axis_angle_to_matrix, barrier, batch_statistics, bits, build_backbone, cpu_state, crop,
-    decay_groups, denormalise, epe, gather, guarded, invert, load_backbone, load_checkpoint,
-    matrix_to_axis_angle, normalise, open_out, parallel, parse, permutation, project,
-    rank, recall, remember, rotate_z, rotation, save_checkpoint, say, settle, share,
-    six_d_to_matrix, start, steps_per_epoch, stored_config, transform,
-    uniform, unwrapped, warp)
+    decay_groups, denormalise, epe, guarded, invert, load_backbone, load_checkpoint,
+    matrix_to_axis_angle, normalise, open_out, parallel, parse, permutation, project, rank, recall,
+    remember, rotate_z, rotation, save_checkpoint, say, settle, share, six_d_to_matrix, start,
+    steps_per_epoch, transform, uniform, unwrapped, warp)
 from hand import hand_mark
 from hand.drawing import curve, draw_skeleton, sheet
 from sources import Rig, Rows, Source, batches, data_name, hand_for, open_data, training_steps
 from sources.judging import LIMITS, Exam, Row, assess, predictions, shares_within
+from sources.loader import gather
 from sources.predictors import Predictor, outputs
 from sources.sheets import best_median_worst, draw_rows
-from sources.stages import mean_hand
+from sources.stages import mean_hand, stored_config
 from sources.tables import table, write_results
 
 import torch

@@ -76,12 +76,12 @@ from typing import Any, NamedTuple
 from common import (
     BACKBONES, N_JOINTS, Flags, Run, UserError, ViT, accumulate, arg, autocast, batch_statistics,
     barrier, blur, build_backbone, cpu_state, crop, decay_groups, denormalise, guarded, hsv_to_rgb,
-    invert, load_backbone, load_checkpoint, normal, normalise, parallel, permutation, project,
-    rank, recall, remember, rgb_to_hsv, rotation, row_name, save_checkpoint, say, settle,
-    steps_per_epoch, to_grey, transform, translation, uniform, view_intrinsics, warp, world)
+    invert, load_backbone, load_checkpoint, normal, normalise, parallel, permutation, project, rank,
+    recall, remember, rgb_to_hsv, rotation, save_checkpoint, say, settle, steps_per_epoch, to_grey,
+    transform, translation, uniform, view_intrinsics, warp, world)
 from hand.drawing import draw_skeleton, label, picture, sheet
 from sources import Source, batches, open_data, training_steps
-from sources.stages import keep_best, launch, mean_hand, report
+from sources.stages import keep_best, launch, mean_hand, report, row_name
 
 import torch
 import torch.nn.functional as F

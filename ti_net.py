@@ -75,11 +75,11 @@ from typing import Any, NamedTuple
 from common import (
     BACKBONES, Flags, Run, UserError, accumulate, arg, autocast, axis_angle_to_matrix, barrier,
     batch_statistics, build_backbone, cpu_state, crop, decay_groups, denormalise, flip, guarded,
-    invert, load_backbone, normalise, parallel, rank, recall, remember, rotation, row_name,
-    save_checkpoint, say, settle, steps_per_epoch, transform, translation, uniform, unwrapped, warp)
+    invert, load_backbone, normalise, parallel, rank, recall, remember, rotation, save_checkpoint,
+    say, settle, steps_per_epoch, transform, translation, uniform, unwrapped, warp)
 from hand.drawing import draw_skeleton, sheet
 from sources import Source, batches, hand_for, open_data, training_steps
-from sources.stages import keep_best, launch, mean_hand, probe_error, report
+from sources.stages import keep_best, launch, mean_hand, probe_error, report, row_name
 
 import torch
 from torch import Tensor, nn

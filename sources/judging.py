@@ -9,10 +9,11 @@ import math
 from collections.abc import Iterator
 
 # common before torch: it settles how threads wait
-from common import Flags, Mano, epe, gather, mpjpe, pa_mpjpe, rank, score, world
+from common import Flags, Mano, epe, mpjpe, pa_mpjpe, rank, score, world
 from sources import Source, batches, data_name
 from sources.index import unmirror
 from sources.interhand import mrrpe
+from sources.loader import gather
 from sources.predictors import (
     Net, Prediction, Predictor, answer, as_pictures, blind, facts, hidden, redefined)
 from sources.protocols import Protocol

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 # common before torch: it settles how threads wait
-from common import UserError, permutation, share, steps_per_epoch, to_device
+from common import UserError, permutation, share, steps_per_epoch, world
 
 import numpy as np
 import torch
@@ -207,3 +207,28 @@ def _together(found: list[dict], order: Tensor) -> dict:
             strings = [text for value in values for text in value]
             out[key] = [strings[i] for i in order.tolist()]
     return out
+
+
+def to_device(batch: dict, device: torch.device | str) -> dict:
+    """A batch with its tensors, and those of dictionaries in it, on a device; the rest stays."""
+    wait = torch.device(device).type == "cpu"                # a copy to the CPU is read at once
+    moved = {}
+    for key, value in batch.items():
+        if isinstance(value, dict):
+            moved[key] = to_device(value, device)
+        else:
+            held = isinstance(value, Tensor)
+            moved[key] = value.to(device, non_blocking=not wait) if held else value
+    return moved
+
+
+def gather(parts: list[dict[str, Tensor]], n: int) -> dict[str, Tensor]:
+    """Columns of n samples, process r's those of range(r, n, world): all of them, in that order."""
+    mine = {k: torch.cat([part[k] for part in parts]).cpu() for k in parts[0]} if parts else {}
+    if world() == 1:
+        return mine
+    everyone: list[dict | None] = [None] * world()
+    torch.distributed.all_gather_object(everyone, mine)
+    order = torch.cat([torch.arange(n)[r::world()] for r in range(world())]).argsort()
+    keys = next((part for part in everyone if part), {})
+    return {k: torch.cat([part[k] for part in everyone if part])[order] for k in keys}

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any
 
 # common before torch: it settles how threads wait
 from common import (
-    N_JOINTS, Run, UserError, axis_angle_to_matrix, cpu_state, gather, load_checkpoint,
-    matrix_to_axis_angle, open_out, origin, parse, rank, recall, save_checkpoint, say, score,
-    settle, share, start, stored_config, summarise)
+    N_JOINTS, Run, UserError, axis_angle_to_matrix, cpu_state, load_checkpoint,
+    matrix_to_axis_angle, open_out, parse, rank, recall, save_checkpoint, say, score, settle, share,
+    start, summarise)
 from hand import hand_mark
 from hand.drawing import curve
 from sources import Source, Targets, batches, data_name, hand_for, open_data
 from sources.judging import Exam, Row, assess, predictions
+from sources.loader import gather
 from sources.predictors import Net
 from sources.sheets import best_median_worst, draw_rows
 from sources.synthetic import Cached, Synthetic
@@ -42,6 +44,35 @@ def launch(Config: type, method: str, argv: list[str] | None, about: str, quick:
     name = f"finetune-{data_name(cfg.finetune)}" if cfg.finetune else name
     with open_out(cfg.out, f"runs/{method}-{name}{'-quick' * cfg.quick}", cfg.resume) as out:
         run_stages(given, out, device)
+
+
+def row_name(init: str) -> str:
+    """What a fine-tuned row is called: scratch, the method that made --init, or the file's name."""
+    if init == "random":
+        return "scratch"
+    file = Path(init)
+    made = {p.name.removeprefix("pretrain-") for p in file.parent.glob("pretrain-*")}
+    named = {name for name in made if (file.parent / f"backbone-{name}.pt").is_file()}
+    left = made - named if file.name == "backbone.pt" else ()
+    return left.pop() if len(left) == 1 else file.stem.removeprefix("backbone-")
+
+
+def origin(init: str) -> str:
+    """Where a row's first weights come from, back to the beginning: for the line below a table."""
+    if init == "random":
+        return "random weights"
+    log = Path(init).parent / f"pretrain-{row_name(init)}" / "config.json"
+    if not log.is_file():
+        return init
+    cfg = json.loads(log.read_text())["cfg"]
+    return f"{init}, pre-trained on {' '.join(cfg['data'])} from {origin(cfg['init'])}"
+
+
+def stored_config(Config: type, stored: dict[str, Any]) -> Any:
+    """The Config that a checkpoint keeps as a plain dict, without options of other versions."""
+    known = {field.name for field in dataclasses.fields(Config)}
+    return Config(**{name: tuple(value) if isinstance(value, list) else value
+                     for name, value in stored.items() if name in known})
 
 
 def mean_hand(data: Targets, most: int = 16384) -> dict[str, Any]:

@@ -14,13 +14,13 @@ from typing import NamedTuple
 # common before torch: it settles how threads wait
 from common import (
     N_JOINTS, N_VERTS, Mano, UserError, axis_angle_to_matrix, bits, blur, crop, flip,
-    matrix_to_axis_angle, normal, project, rotate_z, six_d_to_matrix, to_device, uniform, warp)
+    matrix_to_axis_angle, normal, project, rotate_z, six_d_to_matrix, uniform, warp)
 from hand.builtin import builtin_hand, draw_pose, draw_shape
 from hand.render import Light, rasterise, shade, vertex_normals, visible_joints
 from hand.scene import (
     ARM, OCCLUDER, arm_verts, boundary, occluder_verts, occlusion, painted, ramp, rotation_between,
     scenery, tube)
-from sources.loader import Source
+from sources.loader import Source, to_device
 
 import numpy as np
 import torch

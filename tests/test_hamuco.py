@@ -1237,7 +1237,7 @@ def test_cli_smoke_then_resume_equals_straight_run(tmp_path, few_tests, monkeypa
             "fusion_ransac"} <= set(results[0]["rows"]) and results[0]["n"] == 32
     for name in ("backbone.pt", "predictions.png", "pck_2d.png", "train-hamuco/views.png", "train-hamuco/final.pt"):
         assert (tmp_path / "a" / name).stat().st_size > 500
-    model = hamuco.build(common.stored_config(Config, straight["cfg"]))
+    model = hamuco.build(hamuco.stored_config(Config, straight["cfg"]))
     model.load_state_dict(straight["model"])
     assert straight["method"] == "hamuco" and straight["row"] == "hamuco"
 
