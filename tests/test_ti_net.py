@@ -1,12 +1,16 @@
 """TI-Net: Table 1, Eq. 2 and 3, Algorithm 1, each decision of the docstring, the command line."""
+import ast
 import dataclasses
+import inspect
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+import handmim
 import ti_net
-from common import Mano, axis_angle_to_matrix, transform
+from common import Mano, UserError, axis_angle_to_matrix, settle, transform
 from hand.builtin import builtin_hand
 from ti_net import (Config, Element, HandNet, Operators, TINet, collapse_monitors, compose,
                     constraint_plan, distance, finetune_step, hand_view, lr_at, make_views,
@@ -206,6 +210,46 @@ def test_distance_is_a_mean_square_or_a_mean_norm():
     assert float(distance(a, b, unsquared=True)) == pytest.approx((5 + 2) / 2)
 
 
+def linear_part(operators, angle):
+    """A of T_R(v; a) = A v + b(a), as the Jacobian at two latents, which must agree."""
+    at = lambda v: torch.autograd.functional.jacobian(lambda u: operators("R", u[None], torch.tensor([angle], dtype=EXACT))[0], v)
+    A, again = at(torch.zeros(6, dtype=EXACT)), at(torch.randn(6, dtype=EXACT))
+    assert torch.allclose(A, again, atol=1e-12)
+    return A
+
+
+def test_the_proof_of_limit_15_holds_step_by_step():
+    """A does not know the angle; a = 0 makes it the identity on differences; then turns can only shift, and add up."""
+    torch.manual_seed(2)
+    torch.set_default_dtype(EXACT)
+    try:
+        operators = Operators(6, Config(rank=3, embed_dim=4, variant=("random-m",)))
+        modulated = Operators(6, Config(rank=3, embed_dim=4, variant=("random-m", "modulated")))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.allclose(linear_part(operators, 0.3), linear_part(operators, 2.5), atol=1e-12)
+    assert not torch.allclose(linear_part(modulated, 0.3), linear_part(modulated, 2.5), atol=1e-3)
+    # the best A and b(a) of any kind on 8 latents and their 16 turns: no error only where nothing turns
+    left = {}
+    for spread in (0.0, 1.0):
+        still, moved = torch.randn(8, 1, 6, dtype=EXACT), torch.randn(8, 16, 6, dtype=EXACT)
+        orbit = still + spread * (moved - moved.mean(1, keepdim=True))               # (pictures, turns, d)
+        X, Y = [], []
+        for a in range(16):                                                          # v(turn k + a) = A v(turn k) + b(a)
+            one_hot = torch.zeros(8 * 16, 16, dtype=EXACT)
+            one_hot[:, a] = 1
+            X.append(torch.cat([orbit.flatten(0, 1), one_hot], 1))
+            Y.append(orbit.roll(-a, 1).flatten(0, 1))
+        X, Y = torch.cat(X), torch.cat(Y)
+        solved = torch.linalg.lstsq(X, Y).solution
+        left[spread] = float((Y - X @ solved).square().mean())
+        if not spread:                                      # exact latents: A is the identity on differences, b is 0
+            differences = still[1:, 0] - still[:1, 0]
+            assert torch.allclose(differences @ solved[:6], differences, atol=1e-9)
+            assert torch.allclose(still[0] @ solved[:6] + solved[6:], still[0].expand(16, 6), atol=1e-9)
+    assert left[0.0] < 1e-18 and left[1.0] > 0.5
+
+
 def test_eq_3_cannot_rotate_but_the_modulated_operator_can():
     """Docstring 15: the best A v + b(a), any b, leaves all of a perfectly equivariant latent unexplained."""
     theta = torch.linspace(0, 2 * math.pi, 65, dtype=EXACT)[:-1]
@@ -251,6 +295,29 @@ def test_monitors_tell_collapse_from_isomorphism():
     same = v[:, :1].expand(-1, 3, -1)
     assert float(collapse_monitors(out(v, same), plan)["residual"]) == pytest.approx(1)
     assert float(collapse_monitors(out(torch.ones(64, 12, 8), moved), plan)["variance"]) == 0
+    # the numbers themselves, from their words
+    found = {name: float(x) for name, x in collapse_monitors(out(v, moved), plan).items()}
+    source, turned, guess = v[:, 0], v[:, k], moved[:, 1]
+    variance = sum(float(x.var(correction=0)) for x in source.T) / 8
+    change = float((turned - source).square().mean())
+    assert found["variance"] == pytest.approx(variance, rel=1e-5)
+    assert found["turn_change"] == pytest.approx(change / variance, rel=1e-5)
+    assert found["residual"] == pytest.approx(float((turned - guess).square().mean()) / change, rel=1e-5)
+
+
+def test_dimensions_see_a_collapse_onto_one_axis_that_variance_does_not():
+    plan = constraint_plan(())
+
+    def dimensions(source):
+        v = source[:, None].expand(-1, 12, -1)
+        return float(collapse_monitors(ti_net.Moved(v, v[:, :3], v[:, :9], source, None), plan)["dimensions"])
+
+    torch.manual_seed(4)
+    spread, line = torch.randn(64, 8) + 3, torch.randn(64, 1) * torch.randn(8) * 9 + 5
+    eigenvalues = torch.linalg.eigvalsh(torch.cov(spread.T))
+    assert dimensions(spread) == pytest.approx(float(eigenvalues.sum() ** 2 / eigenvalues.square().sum()), rel=1e-4)
+    assert dimensions(spread) > 6 and dimensions(line) == pytest.approx(1, abs=1e-4)
+    assert dimensions(torch.ones(64, 8)) == 0 and dimensions(torch.randn(5, 800)) > 3.5      # at most B - 1
 
 
 # ---- A step, its variants and its processes
@@ -328,6 +395,19 @@ def test_a_hand_without_a_wrist_is_no_target():
     theta = torch.zeros(2, 48, requires_grad=True)
     finetune_step(Perfect(theta, torch.zeros(2, 10)), batch, cfg)["L_joints"].backward()
     assert theta.grad[0].abs().sum() == 0 and theta.grad[1].abs().sum() > 0
+
+
+def test_bfloat16_is_for_the_fine_tuned_back_bone_only(monkeypatch):
+    monkeypatch.setattr(ti_net, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    torch.manual_seed(0)
+    net, seen = HandNet(Config(**TINY)), {}
+    net.backbone.register_forward_hook(lambda _, x, y: seen.update(map=y[-1].dtype))
+    net.head.register_forward_hook(lambda _, x, y: seen.update(f=x[0].dtype, theta=y.dtype))
+    net.extra.register_forward_hook(lambda _, x, y: seen.update(extra=y.dtype))
+    for call in (lambda: finetune_step(net, hand_batch(), Config(**TINY)), lambda: net.predict(hand_batch())):
+        seen.clear()
+        call()
+        assert seen == {"map": torch.bfloat16, "f": torch.float32, "theta": torch.float32, "extra": torch.float32}
 
 
 def test_vit_uses_the_mean_patch_and_decodes_the_grid():
@@ -448,3 +528,101 @@ def test_the_network_sees_the_middle_of_the_stored_square():
     crops, A = hand_view(image, 72)
     assert (crops.amin((2, 3)) > 1.5).all()
     assert torch.allclose(transform(A, torch.tensor([[[50.5, 50.5]]])), torch.tensor([[[35.5, 35.5]]]))
+
+
+# ---- The command line
+
+
+@pytest.mark.parametrize("name, value", [("w", 0.1), ("rank", 8), ("embed_dim", 8), ("decoder_width", 8),
+                                         ("probe_every", 1), ("variant", ("disc",))])
+def test_flags_of_pretraining_are_refused_in_fine_tuning(name, value):
+    assert getattr(settle(Config, {name: value}, "pretrain", {}), name) == value
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')}: belongs to pre-training"):
+        settle(Config, {name: value}, "finetune", {})
+
+
+def test_each_stage_has_its_recipe_by_default():
+    recipe = lambda stage: {name: getattr(settle(Config, {}, stage, {}), name) for name in (
+        "backbone", "image_size", "epochs", "batch_size", "micro_batch", "lr", "warmup_epochs", "weight_decay")}
+    assert recipe("pretrain") == dict(backbone="resnet50", image_size=224, epochs=50, batch_size=68, micro_batch=17,
+                                      lr=1.5e-3, warmup_epochs=1.0, weight_decay=0.05)
+    assert recipe("finetune") == dict(backbone="resnet50", image_size=224, epochs=120, batch_size=128, micro_batch=32,
+                                      lr=1.5e-3, warmup_epochs=0.0, weight_decay=0.0)
+    cfg = settle(Config, {}, "pretrain", {})
+    assert (cfg.w, cfg.rank, cfg.embed_dim, cfg.decoder_width, cfg.probe_every, cfg.variant) == (1e-3, 128, 32, 256, 5, ())
+    assert (ti_net.MARGIN, ti_net.STORE, ti_net.CROP, ti_net.CLIP) == (1.7, 1.5, 1.2, 5.0)
+
+
+@pytest.mark.parametrize("given", [{}, {"epochs": 1}, {"epochs": 1, "quick": True}, {"epochs": 3, "warmup_epochs": 2.5}])
+def test_no_step_is_above_the_peak_and_one_epoch_is_more_than_warm_up(given):
+    cfg = settle(Config, given, "pretrain", ti_net.QUICK)
+    steps, peak = 7, cfg.lr * cfg.batch_size / 256
+    rates = [lr_at(t, cfg, steps) for t in range(cfg.epochs * steps)]
+    assert max(rates) <= peak * (1 + 1e-9) and max(rates) > 0.9 * peak
+    if "warmup_epochs" not in given:
+        assert rates[-1] < 0.1 * peak                                     # the cosine has come down
+    else:
+        assert rates.index(max(rates)) == 17                              # 2.5 epochs of 7 steps, as given
+
+
+@pytest.fixture
+def stages(monkeypatch, tmp_path):
+    """run_stages with stages that only note what they were asked for."""
+    calls = []
+    monkeypatch.setattr(ti_net, "pretrain", lambda cfg, out, device: calls.append(("pretrain", cfg)))
+    monkeypatch.setattr(ti_net, "finetune", lambda cfg, out, row, device: calls.append((row, cfg)))
+    monkeypatch.setattr(ti_net, "report", lambda cfg, out, rows, *rest: calls.append(("report", (cfg, rows, rest[1:]))))
+    (tmp_path / "pretrain-ti_net-disc").mkdir()                           # what a real pre-training leaves
+    (tmp_path / "pretrain-ti_net-disc" / "config.json").write_text("{}")
+    return lambda given: (calls.clear(), ti_net.run_stages(given, tmp_path, torch.device("cpu")), calls[:])[-1], tmp_path
+
+
+def test_quick_pretrains_then_fine_tunes_from_scratch_and_from_that(stages):
+    run, out = stages
+    found = run({"quick": True, "variant": ("disc",), "lr": 0.7})
+    assert [name for name, _ in found] == ["pretrain", "scratch", "ti_net-disc", "report"]
+    (_, first), (_, scratch), (_, tuned), (_, (last, rows, rest)) = found
+    assert first.epochs == 1 and first.variant == ("disc",) and scratch.epochs == tuned.epochs == 6
+    assert (scratch.init, tuned.init) == ("random", str(out / "backbone.pt")) and last == tuned
+    assert scratch.finetune == tuned.finetune == "synthetic:calm" and {c.lr for c in (first, scratch, tuned)} == {0.7}
+    assert rows == ["scratch", "ti_net-disc"] and rest == (ti_net.build, 96, 1.7)
+    given = run({"quick": True, "finetune": "dexycb=X"})
+    assert [c.finetune for _, c in given[1:3]] == ["dexycb=X"] * 2
+
+
+def test_one_command_runs_one_stage(stages):
+    run, out = stages
+    (name, cfg), = run({"data": ("imagenet=X",)})
+    assert name == "pretrain" and cfg.data == ("imagenet=X",) and cfg.epochs == 50
+    Path(out / "backbone.pt").write_bytes(b"")
+    (row, cfg), (name, (last, rows, rest)) = run({"finetune": "dexycb", "init": str(out / "backbone.pt")})
+    assert (row, name, rows) == ("ti_net-disc", "report", ["ti_net-disc"]) and last == cfg and cfg.epochs == 120
+    assert cfg.init == str(out / "backbone.pt") and rest == (ti_net.build, 336, 1.7)
+
+
+def test_the_hand_has_the_joints_of_the_data_it_is_tuned_on():
+    tips = {spec: HandNet(Config(**TINY, finetune=spec, mano="builtin")).mano.tips.tolist()
+            for spec in ("dexycb:s1=DIR", "freihand", "synthetic:calm", "")}
+    assert tips == {"dexycb:s1=DIR": [745, 317, 444, 556, 673], "freihand": [744, 320, 443, 555, 672],
+                    "synthetic:calm": [744, 320, 443, 554, 671], "": [744, 320, 443, 554, 671]}
+
+
+def test_pictures_are_named_as_table_1_names_them():
+    names = [ti_net.element_name(element) for element in constraint_plan(()).pictures]
+    assert names == ["I", "H", "R a1", "HR a2", "HR b1", "R b2", "HR -a1", "R a1+b1", "HR -a1+b2", "R -a2", "HR a2+b1",
+                     "R -a2+b2"]
+    assert ti_net.element_name(constraint_plan(("algorithm-1",)).pictures[7]) == "R 2b1"
+
+
+def test_a_decoder_needs_whole_cells():
+    with pytest.raises(UserError, match="--image-size 40.*stride 32"):
+        TINet(Config(**TINY | dict(image_size=40)))
+
+
+@pytest.mark.parametrize("name", ["masked", "some"])
+def test_twins_of_handmim_agree(name):
+    def body(module):
+        function = ast.parse(inspect.getsource(getattr(module, name))).body[0]
+        return [ast.dump(line) for line in function.body if not isinstance(getattr(line, "value", None), ast.Constant)]
+
+    assert body(ti_net) == body(handmim) and f"# twin: handmim.py:{name}" in inspect.getsource(ti_net)
