@@ -1,12 +1,12 @@
 """Where samples come from: the sample dictionary, the protocol of a source, and what opens one.
 
 The sample dictionary. Every source yields every key; NaN is the only mark of a missing number, and
-`has` and `joints_ok` are read off it, so mixed data collates. Metres, pixels of `image`, camera frame
-x right, y down, z forward; all left hands are mirrored to right ones.
+`has` and `joints_ok` are read off it, so mixed data collates. Metres, pixels of `image`, camera
+frame x right, y down, z forward; all left hands are mirrored to right ones.
 
-    image      (3, S, S) uint8 RGB: the square of margin x the hand's box (no hand: the centre square),
-               resized once with antialiasing; black outside the picture
-    crop       (3, 3) takes px of the picture to px of image      size (2,) px, width and height of it
+    image      (3, S, S) uint8 RGB: the square of margin x the hand's box (no hand: the centre
+               square), resized once with antialiasing; black outside the picture
+    crop       (3, 3) takes px of the picture to px of image      size (2,) px of that picture
     K          (3, 3) px            joints (21, 3) m, wrist, then thumb to pinky from base to tip
     joints_ok  (21,) bool           verts (778, 3) m
     uv         (21, 2) px, true     uv_label (21, 2) px, what self-supervision may see, with its
@@ -25,8 +25,8 @@ The protocol (`Source`, in sources/loader.py). A source is all that a script kno
     len(source)                              how many samples there are
     source.batches(plan, device, workers)    for each (B,) int64 tensor of rows in `plan`, in order,
                                              the samples of those rows, collated, on the device
-    source.targets(rows)                     the same without pictures, on the CPU, and side_px (B,),
-                                             the side that the pictures would have
+    source.targets(rows)                     the same without pictures, on the CPU, and side_px
+                                             (B,), the side that the pictures would have
     source.columns(rows)                     what else the data set says, {name: (B, ...) array}: an
                                              official score or submission needs it; {} where nothing
     source.parts()                           the sources that were joined, else [source]
@@ -88,7 +88,7 @@ class Rig(NamedTuple):
     detector: float = 1.0
 
 
-# ---- Names ----------------------------------------------------------------------------------------
+# ---- Names ---------------------------------------------------------------------------------------
 
 
 def parse_data(text: str) -> tuple[str, str, str]:
@@ -116,14 +116,14 @@ def joints_of(spec: str) -> Joints:
 def hand_for(spec: str, mano: str) -> Mano:
     """The hand of --mano with the joints that the data set NAME[:PART][=DIR] means.
 
-    A network that is trained or tested there, its truth and the mean pose all take their joints from
-    it: joints of another definition lie millimetres beside.
+    A network that is trained or tested there, its truth and the mean pose all take their joints
+    from it: joints of another definition lie millimetres beside.
     """
     joints = joints_of(spec)
     return Mano(user_hand(mano)[0], joints.tips, regressed=joints.regressed)
 
 
-# ---- Opening --------------------------------------------------------------------------------------
+# ---- Opening -------------------------------------------------------------------------------------
 
 
 def read_index(name: str, part: str, root: str, split: str, mano: dict | None = None,
@@ -150,7 +150,7 @@ def read_index(name: str, part: str, root: str, split: str, mano: dict | None = 
 def open_data(cfg: Options, specs: tuple[str, ...], split: str, size: int, margin: float,
               device: torch.device, labelled: bool = False, unlabelled: bool = False,
               live: bool = False, rig: Rig | None = None) -> Source:
-    """The data sets that --data or --finetune names, as one; prints what is in each and was left out.
+    """The data sets that --data or --finetune names, as one; prints what is in each.
 
     `size` and `margin` as in `Hands`. `labelled` keeps rows with a pose or joints, of these the
     share --label-fraction: the first of a seeded order, so smaller subsets lie inside larger ones.
@@ -160,7 +160,8 @@ def open_data(cfg: Options, specs: tuple[str, ...], split: str, size: int, margi
     Raises UserError for names, folders and layouts that are not what they should be.
     """
     if cfg.root and len(specs) > 1:
-        raise UserError("--root names the folder of one data set; write NAME=DIR for each of several")
+        raise UserError("--root names the folder of one data set; write NAME=DIR for each of "
+                        "several")
     live = live or (device.type != "cpu" and len(specs) == 1)
     found: list[Source] = []
     for spec in specs:
@@ -213,7 +214,8 @@ def _read(cfg: Options, spec: str, split: str, size: int, margin: float, labelle
             known |= np.isfinite(index.columns[key]).reshape(len(index), -1).any(1)
         index = index.drop(~known, "without pose or joints")
         if not len(index):
-            raise UserError(f"{spec}: not one hand has joints or a pose, so none can be learnt from")
+            raise UserError(f"{spec}: not one hand has joints or a pose, so none can be learnt "
+                            "from")
     say(index.summary())
     if rig is None or "camera" not in index.columns:
         return Hands(index, size, margin)

@@ -1,14 +1,14 @@
-"""coco: reader of its official layout."""
+"""COCO-WholeBody's hands: layout, splits and official scores."""
 from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
 # common before torch: it settles how threads wait
 from common import N_JOINTS, Mano, UserError, epe
-from sources.index import DataSet, Index, cached, data_folder, drop_missing, path_column, stamp
+from sources.files import cached, data_folder, drop_missing, path_column
+from sources.index import DataSet, Index
 
 import numpy as np
 import torch
@@ -22,17 +22,19 @@ def index_coco(root: str | Path, split: str = "train", cache: str | Path | None 
     annotators split it into train and val only. A key point counts where its v, which may be a
     fraction, is above 0; boxes are annotated, tight around the hand, left and right as annotated.
     No 3D. Left out and counted: hands that are valid but have no box, missing pictures.
-    Columns for scores: annotation_id, image_id. UserError: a missing or foreign annotation file.
+    Columns for scores: box, annotation_id, image_id. UserError: a missing or foreign annotation
+    file.
     """
-    root, file = data_folder(root, "coco"), f"annotations/coco_wholebody_{split}_v1.0.json"
+    root = data_folder(root, "coco")
+    file = f"annotations/coco_wholebody_{split}_v1.0.json"
     if not (root / file).is_file():
         raise UserError(f"coco: {root / file} is missing: it is COCO-WholeBody's, beside COCO 2017")
-    key = ("coco", os.path.realpath(root), file, stamp(root, [file]))
-    return drop_missing(cached(cache, key, lambda: _index_coco(root, file, split)))
+    return drop_missing(_parse_coco(root, file, split, files=[file], cache=cache))
 
 
-def _index_coco(root: Path, file: str, split: str) -> Index:
-    """`index_coco` without the cache."""
+@cached
+def _parse_coco(root: Path, file: str, split: str) -> Index:
+    """All hands of an annotation file."""
     rows = []
     try:
         content = json.loads((root / file).read_bytes())
@@ -40,32 +42,36 @@ def _index_coco(root: Path, file: str, split: str) -> Index:
         for note in content["annotations"]:
             for side in ("left", "right"):
                 if note[f"{side}hand_valid"]:
-                    points = np.array(note[f"{side}hand_kpts"], float).reshape(N_JOINTS, 3)
-                    box = np.array(note[f"{side}hand_box"], float).reshape(4)
-                    rows.append((f"{split}2017/{names[note['image_id']]}", f"{note['id']}-{side}", side,
-                                 points, box, note["id"], note["image_id"]))
+                    rows.append({
+                        "path": f"{split}2017/{names[note['image_id']]}", "side": side,
+                        "id": f"{note['id']}-{side}", "annotation_id": note["id"],
+                        "image_id": note["image_id"],
+                        "points": np.array(note[f"{side}hand_kpts"], float).reshape(N_JOINTS, 3),
+                        "box": np.array(note[f"{side}hand_box"], float).reshape(4)})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"coco: {root / file} is not as published ({type(error).__name__}: {error})"
-                        ) from error
+        raise UserError(f"coco: {root / file} is not as published "
+                        f"({type(error).__name__}: {error})") from error
     if not rows:
         raise UserError(f"coco: {root / file} has no valid hand")
-    paths, ids, side, points, box, notes, images = map(np.array, zip(*rows))
-    uv = np.where(points[..., 2:] > 0, points[..., :2], np.nan)
+    column = {key: np.array([row[key] for row in rows]) for key in rows[0]}
+    box = column["box"]
+    uv = np.where(column["points"][..., 2:] > 0, column["points"][..., :2], np.nan)
     index = Index(f"coco {split}", str(root), {
-        "paths": path_column(paths.tolist()), "side": side, "id": ids, "uv": uv.astype(np.float32),
-        "box": box.astype(np.float32), "annotation_id": notes, "image_id": images}, "annotated")
-    return index.drop(~(np.isfinite(box).all(1) & (box[:, 2:] > 0).all(1)), "valid hands without a box")
+        "paths": path_column(column["path"].tolist()), "uv": uv.astype(np.float32),
+        "box": box.astype(np.float32),
+        **{key: column[key] for key in ("side", "id", "annotation_id", "image_id")}}, "annotated")
+    valid = np.isfinite(box).all(1) & (box[:, 2:] > 0).all(1)
+    return index.drop(~valid, "valid hands without a box")
 
 
 COCO = DataSet(index_coco, ("train", "val"))
 
 
-# ---- Official protocol ----------------------------------------------------------------------------
-
+# ---- Official protocol ---------------------------------------------------------------------------
 
 
 def coco_scores(f: dict, hand: Mano | None = None) -> dict[str, Tensor]:
-    """mmpose's: EPE of all key points, PCK at 0.2 of the box, area of thresholds 0, 1.5 .. 28.5 px."""
+    """mmpose's: EPE of all key points, PCK at 0.2 of the box, area of thresholds 0 to 28.5 px."""
     ok = f["uv_true"].isfinite().all(-1) & f["uv"].isfinite().all(-1)
     error = epe(f["uv"], f["uv_true"], ok)
     side = torch.as_tensor(f["columns"]["box"][:, 2:].max(1)).to(error)[:, None]

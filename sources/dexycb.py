@@ -1,24 +1,19 @@
-"""dexycb: reader of its official layout."""
+"""DexYCB: layout, official subsets, scores and the tool kit's file (dex-ycb-toolkit 64551b0)."""
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
 from pathlib import Path
 
 # common before torch: it settles how threads wait
 from common import N_JOINTS, Mano, UserError, auc, epe, mpjpe, pa_mpjpe, say
-from sources.index import (
-    UNLABELLED, DataSet, Index, Joints, cached, data_folder, drop_missing, hand_stamp, note_poses,
-    path_column, stamp, tight_box)
+from sources.files import UNLABELLED, cached, data_folder, drop_missing, note_poses, path_column
+from sources.index import DataSet, Index, Joints, tight_box
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-
-
-# DexYCB: layout, order and subsets are those of the official tool kit (dex-ycb-toolkit 64551b0).
 
 
 def dexycb_split(part: str, split: str) -> tuple[list[int], list[int], list[int]]:
@@ -58,7 +53,8 @@ def index_dexycb(root: str | Path, split: str = "train", part: str = "s0", mano:
     `unlabelled` keeps the unlabelled ones as TI-Net's authors read them: the mean pose unturned, a
     box of no size at (-1, -1), but no joints.
     """
-    root, folders = data_folder(root, "dexycb"), []
+    root = data_folder(root, "dexycb")
+    folders = []
     subjects, sequences, cameras = dexycb_split(part, split)
     for subject in subjects:
         home = sorted(root.glob(f"*-subject-{subject + 1:02d}"))
@@ -66,11 +62,11 @@ def index_dexycb(root: str | Path, split: str = "train", part: str = "s0", mano:
         if len(found) != 100:                                      # stray files hold no meta.yml
             raise UserError(f"dexycb: {root}/*-subject-{subject + 1:02d} must hold 100 sequences, "
                             f"each with a meta.yml, for the official splits; it has {len(found)}")
-        folders += [found[i] for i in sequences]
-    below = [str(file.relative_to(root)) for folder in folders for file in folder.glob("*")]
-    key = ("dexycb", os.path.realpath(root), part, split, stamp(root, below), hand_stamp(mano))
-    name = f"dexycb:{part} {split}"
-    index = cached(cache, key, lambda: _index_dexycb(name, root, folders, cameras, mano))
+        folders += [found[i].relative_to(root).as_posix() for i in sequences]
+    below = [str(file.relative_to(root)) for folder in folders
+             for file in (root / folder).glob("*")]
+    index = _parse_dexycb(root, f"dexycb:{part} {split}", folders, cameras, files=below,
+                          cache=cache, mano=mano)
     for reason in sorted(set(index.columns["reason"].tolist()) - {""}):
         if not (unlabelled and reason == UNLABELLED):
             index = index.drop(index.columns["reason"] == reason, reason)
@@ -83,7 +79,7 @@ def index_dexycb(root: str | Path, split: str = "train", part: str = "s0", mano:
     return note_poses(index)
 
 
-def _dexycb_label(file: Path) -> tuple[str, np.ndarray]:
+def _label(file: Path) -> tuple[str, np.ndarray]:
     """Why a frame is left out or "", and its (156,) joint_3d m, joint_2d px, pose_m."""
     try:
         with np.load(file) as label:
@@ -98,66 +94,70 @@ def _dexycb_label(file: Path) -> tuple[str, np.ndarray]:
     return "" if np.isfinite(values).all() else "frames with NaN labels", values
 
 
-def _dexycb_frames(root: Path, folder: Path, cameras: list[int]) -> dict[str, np.ndarray]:
+def _frames(root: Path, folder: str, cameras: list[int]) -> dict[str, np.ndarray]:
     """Columns of a sequence: camera by camera in the order of serials, frame by frame."""
     import yaml                                                    # only this data set needs PyYAML
 
-    read = lambda *parts: yaml.safe_load(Path(*parts).read_text())
+    def read(*parts: str) -> dict:
+        return yaml.safe_load(Path(root, *parts).read_text())
+
     rows = []
     try:
-        meta, calibration = read(folder, "meta.yml"), root / "calibration"
-        side, serials = meta["mano_sides"][0], sorted(meta["serials"])
-        shape = read(calibration, f"mano_{meta['mano_calib'][0]}", "mano.yml")["betas"]
+        meta = read(folder, "meta.yml")
+        side = meta["mano_sides"][0]
+        serials = sorted(meta["serials"])
+        shape = read("calibration", f"mano_{meta['mano_calib'][0]}", "mano.yml")["betas"]
         for serial in [serials[camera] for camera in cameras]:
-            k = read(calibration, "intrinsics", f"{serial}_640x480.yml")["color"]
+            k = read("calibration", "intrinsics", f"{serial}_640x480.yml")["color"]
             K = [[k["fx"], 0, k["ppx"]], [0, k["fy"], k["ppy"]], [0, 0, 1]]
-            below = (folder / serial).relative_to(root).as_posix()
             for frame in range(meta["num_frames"]):
-                reason, values = _dexycb_label(root / below / f"labels_{frame:06d}.npz")
-                rows.append((reason, values, f"{below}/color_{frame:06d}.jpg", side, K, shape))
+                reason, values = _label(root / folder / serial / f"labels_{frame:06d}.npz")
+                rows.append({"reason": reason, "values": values, "side": side, "K": K,
+                             "shape": shape, "path": f"{folder}/{serial}/color_{frame:06d}.jpg"})
+        return {key: np.array([row[key] for row in rows]) for key in rows[0]}
     except (OSError, yaml.YAMLError, KeyError, TypeError, IndexError, ValueError) as error:
-        raise UserError(f"dexycb: {folder}: meta.yml or what it names in calibration/ is not as "
-                        f"published ({type(error).__name__}: {error})") from error
-    names = ("reason", "values", "path", "side", "K", "shape")
-    return {name: np.array(column) for name, column in zip(names, zip(*rows))}
+        raise UserError(f"dexycb: {root / folder}: meta.yml or what it names in calibration/ is "
+                        f"not as published ({type(error).__name__}: {error})") from error
 
 
-def _index_dexycb(name: str, root: Path, folders: list[Path], cameras: list[int],
-                  mano: dict | None) -> Index:
-    """`index_dexycb` without the cache."""
-    found = [_dexycb_frames(root, folder, cameras) for folder in tqdm(folders, "reading dexycb")]
-    column = {name: np.concatenate([one[name] for one in found]) for name in found[0]}
+@cached
+def _parse_dexycb(root: Path, name: str, folders: list[str], cameras: list[int],
+                  mano: dict | None = None) -> Index:
+    """All frames of some sequences, with why some will be left out."""
+    found = [_frames(root, folder, cameras) for folder in tqdm(folders, "reading dexycb")]
+    column = {key: np.concatenate([one[key] for one in found]) for key in found[0]}
     joints, uv, pose_m = np.split(column["values"].astype(float), (63, 105), 1)
+    joints = joints.reshape(-1, N_JOINTS, 3)
     uv = uv.reshape(-1, N_JOINTS, 2)
     empty = column["reason"] == UNLABELLED
-    pose, trans = np.full((len(uv), 48), np.nan), np.full((len(uv), 3), np.nan)
+    pose = np.full((len(uv), 48), np.nan)
+    trans = np.full((len(uv), 3), np.nan)
     for side, hand in (mano or {}).items():
-        rows = (column["side"] == side) & (pose_m.any(1) | empty)
-        fingers = pose_m[rows, 3:48] @ hand["hands_components"] + hand["hands_mean"]
-        pose[rows] = np.concatenate([pose_m[rows, :3], fingers], 1)
-        trans[rows] = pose_m[rows, 48:]
+        one = (column["side"] == side) & (pose_m.any(1) | empty)
+        fingers = pose_m[one, 3:48] @ hand["hands_components"] + hand["hands_mean"]
+        pose[one] = np.concatenate([pose_m[one, :3], fingers], 1)
+        trans[one] = pose_m[one, 48:]
     outside = ~((uv >= -0.5) & (uv <= [639.5, 479.5])).all(-1).any(-1) & ~empty
     box = np.where(empty[:, None], (-1.0, -1.0, 0.0, 0.0), tight_box(uv))
-    joints[empty], uv[empty] = np.nan, np.nan
-    numbers = {"box": box, "K": column["K"], "joints": joints.reshape(-1, N_JOINTS, 3), "uv": uv,
-               "pose": pose, "shape": column["shape"], "trans": trans}
-    index = Index(name, str(root), {
+    joints[empty] = np.nan
+    uv[empty] = np.nan
+    numbers = {"box": box, "K": column["K"], "joints": joints, "uv": uv, "pose": pose,
+               "shape": column["shape"], "trans": trans}
+    return Index(name, str(root), {
         "paths": path_column(column["path"].tolist()), "side": column["side"],
-        **{name: value.astype(np.float32) for name, value in numbers.items()},
+        **{key: value.astype(np.float32) for key, value in numbers.items()},
         "image_id": np.arange(len(uv)), "outside": outside, "reason": column["reason"]}, "joints")
-    return index
 
 
 # joint_3d is the output of manopth, which the tool kit pins.
 DEXYCB = DataSet(index_dexycb, joints=Joints("manopth"))
 
 
-# ---- Official protocol ----------------------------------------------------------------------------
-
+# ---- Official protocol ---------------------------------------------------------------------------
 
 
 def dexycb_scores(f: dict, hand: Mano | None = None) -> dict[str, Tensor]:
-    """The tool kit's three errors and areas, of labelled frames: absolute, rooted at the wrist, aligned."""
+    """The tool kit's errors and areas, of labelled frames: absolute, wrist-rooted, aligned."""
     ok = f["ok"].all(1, keepdim=True).expand_as(f["ok"])
     absolute = epe(f["camera"], f["true"], ok)
     relative = mpjpe(f["joints"], f["true"], ok)
@@ -182,11 +182,12 @@ def ti_net_scores(f: dict, hand: Mano) -> dict[str, Tensor]:
     shape = filled(f["shape_true"])
     ok = rows.cpu()[:, None].expand(-1, N_JOINTS)
     pred, true = (hand.joints(filled(f[key]), shape) for key in ("R", "R_true"))
-    return {"mpjpe_mm": 1000 * mpjpe(pred, true, ok), "pa_mpjpe_mm": 1000 * pa_mpjpe(pred, true, ok)}
+    return {"mpjpe_mm": 1000 * mpjpe(pred, true, ok),
+            "pa_mpjpe_mm": 1000 * pa_mpjpe(pred, true, ok)}
 
 
 def submit_dexycb(out: Path, index: Index, kept: dict[str, Tensor]) -> Path:
-    """The tool kit's file in the folder `out`: a line a frame, its number, then 63 numbers in mm."""
+    """The tool kit's file in the folder `out`: a line a frame, its number, then 63 in mm."""
     file = out / f"{index.name.replace(' ', '_').replace(':', '_')}.txt"
     frames = index.columns["image_id"].tolist()
     lines = (1000 * kept["joints"]).flatten(1).tolist()

@@ -3,15 +3,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import zlib
 from pathlib import Path
 
 # common before torch: it settles how threads wait
 from common import N_JOINTS, UserError
-from sources.index import (
-    PICTURES, DataSet, Index, cached, data_folder, drop_unreadable, path_column, pictures_below,
-    stamp, tight_box)
+from sources.files import cached, data_folder, drop_unreadable, path_column, pictures_below
+from sources.index import PICTURES, DataSet, Index, tight_box
 
 import numpy as np
 
@@ -26,14 +24,19 @@ def index_imagenet(root: str | Path, split: str = "train",
     found = pictures_below(root / split)
     files = [f"{split}/{file}" for file in found if "/" in file]
     if not files:
-        raise UserError(f"imagenet: {root} must hold {split}/<class>/<picture>"
-                        + (", and the pictures lie in no class folder" if found else ""))
-    columns = {"paths": path_column(files), "side": np.full(len(files), "right")}
-    index = cached(cache, ("imagenet", os.path.realpath(root), split, stamp(root, files)),
-                    lambda: drop_unreadable(Index(f"imagenet {split}", str(root), columns)))
+        flat = ", and the pictures lie in no class folder" if found else ""
+        raise UserError(f"imagenet: {root} must hold {split}/<class>/<picture>{flat}")
+    index = _whole_pictures(root, f"imagenet {split}", files, files=files, cache=cache)
     if len(files) < len(found):
         index.dropped["pictures in no class folder"] = len(found) - len(files)
     return index
+
+
+@cached
+def _whole_pictures(root: Path, name: str, paths: list[str]) -> Index:
+    """Pictures of which nothing is known, those that can be read."""
+    columns = {"paths": path_column(paths), "side": np.full(len(paths), "right")}
+    return drop_unreadable(Index(name, str(root), columns))
 
 
 def index_folder(root: str | Path, split: str = "all", cache: str | Path | None = None) -> Index:
@@ -50,11 +53,10 @@ def index_folder(root: str | Path, split: str = "all", cache: str | Path | None 
     files = pictures_below(root)
     if not files:
         raise UserError(f"folder: {root} holds no picture ({' '.join(PICTURES)})")
-    labels = ["labels.jsonl"] * (root / "labels.jsonl").is_file()
-    columns = {"paths": path_column(files), "side": np.full(len(files), "right")}
-    plain = Index("folder", str(root), columns)
-    index = cached(cache, ("folder", os.path.realpath(root), stamp(root, files + labels)),
-                    lambda: drop_unreadable(_labelled(plain, set(files)) if labels else plain))
+    if (root / "labels.jsonl").is_file():
+        index = _labelled(root, files, files=[*files, "labels.jsonl"], cache=cache)
+    else:
+        index = _whole_pictures(root, "folder", files, files=files, cache=cache)
     first, last = {"all": (0, 100), "train": (0, 90), "val": (90, 95), "test": (95, 100)}[split]
     bucket = np.array([zlib.crc32(path) % 100 for path in index.columns["paths"].tolist()])
     index = index.take((bucket >= first) & (bucket < last))
@@ -90,10 +92,11 @@ def _label(line: bytes, known: set[str]) -> dict:
         if np.isinf(value).any() or not whole:
             raise ValueError(f"{key} must be finite")
         label[key] = value
-    box, K, sure, joints = (label[key] for key in ("box", "K", "confidence", "joints"))
+    box, K = label["box"], label["K"]
+    sure, joints = label["confidence"], label["joints"]
     if (box[2:] <= 0).any():
         raise ValueError("box is [x, y, width, height] in px, with sizes above 0")
-    if (K[2] != [0, 0, 1]).any() and hand.get("K") or K[0, 0] <= 0 or K[1, 1] <= 0:
+    if hand.get("K") and ((K[2] != [0, 0, 1]).any() or K[0, 0] <= 0 or K[1, 1] <= 0):
         raise ValueError("K must be [[fx, s, cx], [0, fy, cy], [0, 0, 1]] in px")
     if ((sure < 0) | (sure > 1)).any():
         raise ValueError("confidence must lie in [0, 1]")
@@ -102,9 +105,12 @@ def _label(line: bytes, known: set[str]) -> dict:
     return label
 
 
-def _labelled(plain: Index, known: set[str]) -> Index:
+@cached
+def _labelled(root: Path, pictures: list[str]) -> Index:
     """The hands of labels.jsonl, in its order."""
-    labels, file = [], Path(plain.root, "labels.jsonl")
+    file = root / "labels.jsonl"
+    known = set(pictures)
+    labels = []
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
             labels += [_label(line, known) | {"id": number}] if line.strip() else []
@@ -124,7 +130,7 @@ def _labelled(plain: Index, known: set[str]) -> Index:
     source = ", ".join(source for source, used in sources if used) or "data set"
     unnamed = len(known - {label["path"] for label in labels})
     dropped = {"pictures without a line in labels.jsonl": unnamed} if unnamed else {}
-    return Index(plain.name, plain.root, columns, source, dropped)
+    return drop_unreadable(Index("folder", str(root), columns, source, dropped))
 
 
 FOLDER = DataSet(index_folder, ("train", "val", "test", "all"))

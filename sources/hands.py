@@ -54,14 +54,17 @@ class Hands(Source):
         return bool(np.isfinite(column).any() if column.dtype.kind == "f" else len(column))
 
     def __getitem__(self, row: int) -> dict:
-        index, path = self.index, Path(self.index.root, self.index.path(row))
+        index = self.index
+        columns = index.columns
+        path = Path(index.root, index.path(row))
         try:
-            picture, columns = read_image(path), index.columns
+            picture = read_image(path)
         except UserError as error:
             if not path.exists():
                 raise
             print(f"{error}; it becomes a black image without labels", file=sys.stderr)
-            picture, columns = np.zeros((self.size, self.size, 3), np.uint8), {}
+            picture = np.zeros((self.size, self.size, 3), np.uint8)
+            columns = {}
         if "dist" in columns:
             picture = undistort_picture(picture, columns["K"][row], columns["dist"][row])
         middle, side = self._square(columns.get("box"), row, picture.shape[1::-1])
@@ -73,8 +76,9 @@ class Hands(Source):
     def targets(self, rows: Tensor) -> dict:
         """See `Source`; side_px is the side that the pictures would have."""
         found = []
+        box = self.index.columns.get("box")
         for row in rows.tolist():
-            box, size = self.index.columns.get("box"), (self.size, self.size)
+            size = (self.size, self.size)
             if box is None or np.isnan(box[row]).any():
                 with Image.open(Path(self.index.root, self.index.path(row))) as picture:
                     size = ImageOps.exif_transpose(picture).size
@@ -84,7 +88,8 @@ class Hands(Source):
     def _labels(self, columns: dict[str, np.ndarray], row: int, size: tuple[int, int],
                 middle: np.ndarray, side: float) -> dict:
         """All of a sample but its picture, which is `size` (width, height), cut at `middle`."""
-        index, sample = self.index, _numbers(columns, row, size)
+        index = self.index
+        sample = _numbers(columns, row, size)
         A = crop(torch.tensor(middle)[None], torch.tensor([side]).double(), self.size)
         if index.columns["side"][row] == "left":
             A = flip(torch.ones(1).double(), self.size) @ A
@@ -106,12 +111,11 @@ class Hands(Source):
 
     def _square(self, box: np.ndarray | None, row: int, size: Sequence[int]) -> tuple:
         """Middle (2,) px and side px of the crop of a picture `size` (width, height)."""
-        size = np.array(size)
         if box is None or np.isnan(box[row]).any():
-            return (size - 1) / 2, float(size.min())
+            return (np.array(size) - 1) / 2, float(min(size))
         x, y, w, h = box[row].tolist()
         side = max(self.margin * max(w, h), 2.0)
-        if max(side, abs(x) / 1000, abs(y) / 1000) > 16 * size.max():
+        if max(side, abs(x) / 1000, abs(y) / 1000) > 16 * max(size):
             raise UserError(f"{self.index.id(row)}: box {x, y, w, h} is far off the picture")
         return np.array([x + w / 2, y + h / 2]) - 0.5, side              # edges to pixel centres
 
@@ -133,11 +137,12 @@ def _numbers(columns: dict[str, np.ndarray], row: int, size: tuple) -> dict[str,
 
 
 class Views(Source):
-    """Synchronised pictures as one sample: `Hands` with columns moment, camera, cameras -> (V, ...).
+    """Synchronised pictures as one sample (V, ...): `Hands` with columns moment, camera, cameras.
 
     Slot v is the data set's v-th camera. A moment without that picture has a black one there, NaN
     and False, and view_ok (V,) False; moments without any picture are not there. cameras (V, 4, 4)
-    is world to camera, in the data set's unit of length; left hands are mirrored with their cameras.
+    is world to camera, in the data set's unit of length; left hands are mirrored with their
+    cameras.
     """
 
     def __init__(self, hands: Hands, views: int):

@@ -1,4 +1,4 @@
-"""ho3d: reader of its official layout."""
+"""HO3D v2 and v3: layout, axes, joints, scores and submission (shreyashampali/ho3d 2fd6ee1)."""
 from __future__ import annotations
 
 import dataclasses
@@ -9,11 +9,12 @@ from pathlib import Path
 from common import (
     MANO_TO_OURS, N_JOINTS, N_VERTS, ROOT, Mano, UserError, auc, axis_angle_to_matrix,
     matrix_to_axis_angle, n_mpjpe)
-from hand.official import PICKLE_NAMES, read_pickle, Recorded, Recorder, worked_out
+from hand.official import PICKLE_NAMES, Recorded, Recorder, read_pickle, worked_out
+from sources.files import (
+    UNLABELLED, cached, data_folder, drop_missing, empty_index, json_numbers, note_poses,
+    path_column)
 from sources.freihand import freihand_scores
-from sources.index import (
-    UNLABELLED, DataSet, Index, Joints, cached, data_folder, drop_missing, empty_index, hand_stamp,
-    json_numbers, note_poses, path_column, stamp, tight_box)
+from sources.index import DataSet, Index, Joints, pinhole, rest_wrists, tight_box
 from sources.submission import every_sample, write_submission
 
 import numpy as np
@@ -22,20 +23,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 
-# HO3D v2 and v3: layout, axes and joint order are those of shreyashampali/ho3d 2fd6ee1.
-
-OPENGL = np.diag([1.0, -1.0, -1.0])               # x right, y up, z backward <-> our camera frame
+OPENGL = np.diag([1.0, -1.0, -1.0])                     # x right, y up, z backward <-> our axes
 LABELS = {"handJoints3D": (N_JOINTS, 3), "handPose": (48,), "handTrans": (3,), "handBeta": (10,),
         "camMat": (3, 3), "handBoundingBox": (4,)}
 
 
 class _LabelRecorder(Recorder):
-    """The same for a file of labels: arrays, strings and numbers, and no class of chumpy or scipy."""
+    """The same for a file of labels: arrays, strings, numbers, no class of chumpy or scipy."""
 
     def find_class(self, module: str, name: str) -> type:
         full = f"{module}.{name}"
         if full in ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"):
-            return type("scalar", (Recorded,), {"kind": "scalar"})      # may be there, is never read
+            return type("scalar", (Recorded,), {"kind": "scalar"})       # it is never read
         if PICKLE_NAMES.get(full) not in ("array", "buffer", "ndarray", "dtype", "bytes"):
             raise UserError(f"names {full[:99]!r}, which no label needs; refused, and nothing in "
                             "the file was run")
@@ -50,13 +49,14 @@ def index_ho3d(root: str | Path, split: str = "train", mano: dict | None = None,
     mean is in it), its wrist turned by F; the hand turns about J0(shape), so trans' is
     F (J0 + trans) - J0, known with the user's own mano["right"], and a note says so. Training boxes
     are tight around the joints; the evaluation has its own. There only the wrist is annotated,
-    column root (N, 3) m; joints and verts come from evaluation_xyz.json and _verts.json, if they lie
-    in the folder (released in November 2024), else they are NaN. Rows keep the order of the list and
-    of pred.json, image_id is the place in it. No validation split. Labels are pickles, read without
-    running them. Left out and counted: frames without picture or label, broken and empty labels.
+    column root (N, 3) m; joints and verts come from evaluation_xyz.json and _verts.json, if they
+    lie in the folder (released in November 2024), else they are NaN. Rows keep the order of the
+    list and of pred.json, image_id is the place in it. No validation split. Labels are pickles, read
+    without running them. Left out and counted: frames without picture or label, broken and empty labels.
     UserError: a missing list, a label that asks for code, truth that belongs to other frames.
     """
-    root, home = data_folder(root, "ho3d"), "evaluation" if split == "test" else "train"
+    root = data_folder(root, "ho3d")
+    home = "evaluation" if split == "test" else "train"
     if split == "val":
         return empty_index("ho3d val", root, "ho3d has no validation split")
     if not (root / f"{home}.txt").is_file():
@@ -67,8 +67,7 @@ def index_ho3d(root: str | Path, split: str = "train", mano: dict | None = None,
     labels = [f"{home}/{sequence}/meta/{frame}.pkl" for sequence, frame in frames]
     truth = [f"{home}_{kind}.json" for kind in ("xyz", "verts") if split == "test"]
     files = [file for file in (f"{home}.txt", *truth, *labels) if (root / file).is_file()]
-    key = ("ho3d", os.path.realpath(root), split, stamp(root, files), hand_stamp(mano))
-    index = cached(cache, key, lambda: _index_ho3d(root, home, labels, mano))
+    index = _parse_ho3d(root, home, labels, files=files, cache=cache, mano=mano)
     for reason in sorted(set(index.columns["reason"].tolist()) - {""}):
         index = index.drop(index.columns["reason"] == reason, reason)
     index = drop_missing(_png_or_jpg(index))
@@ -77,7 +76,8 @@ def index_ho3d(root: str | Path, split: str = "train", mano: dict | None = None,
 
 def _png_or_jpg(index: Index) -> Index:
     """The same with .jpg paths where that picture is there and the .png is not."""
-    there, found = {}, []
+    there: dict[str, set[str]] = {}
+    found = []
     for path in index.columns["paths"].tolist():
         folder, name = os.path.split(os.fsdecode(path))
         if folder not in there:
@@ -89,7 +89,7 @@ def _png_or_jpg(index: Index) -> Index:
     return dataclasses.replace(index, columns=index.columns | {"paths": path_column(found)})
 
 
-def _ho3d_label(file: Path) -> tuple[str, dict[str, np.ndarray]]:
+def _label(file: Path) -> tuple[str, dict[str, np.ndarray]]:
     """Why a frame is left out or "", and its numbers by the names in LABELS, NaN where not given.
 
     In the evaluation handJoints3D is the wrist alone, which fills the first joint.
@@ -111,42 +111,44 @@ def _ho3d_label(file: Path) -> tuple[str, dict[str, np.ndarray]]:
     except UserError as error:
         raise UserError(f"ho3d: {file}: {error}") from None
     except Exception:                    # bytes that are no pickle can fail anywhere in the decoder
-        return "frames with a broken label file", {key: np.full(dims, np.nan)
-                                                   for key, dims in LABELS.items()}
+        nothing = {key: np.full(dims, np.nan) for key, dims in LABELS.items()}
+        return "frames with a broken label file", nothing
     known = np.concatenate([values[key].ravel()[:3] for key in ("handJoints3D", "camMat")])
     return "" if np.isfinite(known).all() else "frames with NaN labels", values
 
 
-def _index_ho3d(root: Path, home: str, labels: list[str], mano: dict | None) -> Index:
+@cached
+def _parse_ho3d(root: Path, home: str, labels: list[str], mano: dict | None = None) -> Index:
     """One row a line of the list: all that `index_ho3d` reads from the labels."""
-    read = [_ho3d_label(root / file) for file in tqdm(labels, "reading ho3d",
-                                                      disable=len(labels) < 2000)]
+    read = [_label(root / file)
+            for file in tqdm(labels, "reading ho3d", disable=len(labels) < 2000)]
     column = {key: np.array([values[key] for _, values in read]) for key in LABELS}
-    n, evaluation = len(read), home == "evaluation"
-    root_joint = column["handJoints3D"][:, 0] @ OPENGL
-    truth, notes = {"xyz": column["handJoints3D"]}, []
+    n = len(read)
+    evaluation = home == "evaluation"
+    wrists = column["handJoints3D"][:, 0] @ OPENGL
+    truth = {"xyz": column["handJoints3D"]}
+    notes = []
     if evaluation:
-        truth, notes = _ho3d_truth(root, root_joint)
+        truth, notes = _truth(root, wrists)
     joints = truth["xyz"][:, MANO_TO_OURS] @ OPENGL
-    K, pose = column["camMat"], column["handPose"].copy()
-    wrist = torch.tensor(OPENGL) @ axis_angle_to_matrix(torch.tensor(pose[:, :3]))
-    pose[:, :3] = matrix_to_axis_angle(wrist).numpy()
+    pose = column["handPose"].copy()
+    turn = torch.tensor(OPENGL) @ axis_angle_to_matrix(torch.tensor(pose[:, :3]))
+    pose[:, :3] = matrix_to_axis_angle(turn).numpy()
     trans = np.full((n, 3), np.nan)
     if "right" in (mano or {}):
-        hand = mano["right"]
-        J0 = column["handBeta"] @ np.einsum("m,mcs->sc", hand["J_regressor"][0], hand["shapedirs"])
-        J0 += hand["J_regressor"][0] @ hand["v_template"]
-        trans = (J0 + column["handTrans"]) @ OPENGL - J0
+        pivot = rest_wrists(mano["right"], column["handBeta"])
+        trans = (pivot + column["handTrans"]) @ OPENGL - pivot
     elif not evaluation:
         notes.append("trans is not known: it needs the MANO file")
-    uv = joints @ K.transpose(0, 2, 1)
-    uv = uv[..., :2] / uv[..., 2:]
-    given = column["handBoundingBox"]
-    given = np.concatenate([given[:, :2], given[:, 2:] - given[:, :2]], 1)        # x1 y1 x2 y2
-    box = given if evaluation else tight_box(uv)
-    numbers = {"box": box, "K": K, "joints": joints, "uv": uv, "pose": pose,
-               "shape": column["handBeta"], "trans": trans, "root": root_joint}
-    numbers |= {"verts": truth["verts"] @ OPENGL} if "verts" in truth else {}
+    uv = pinhole(joints, column["camMat"])
+    box = tight_box(uv)
+    if evaluation:
+        corners = column["handBoundingBox"]                       # x1 y1 x2 y2
+        box = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
+    numbers = {"box": box, "K": column["camMat"], "joints": joints, "uv": uv, "pose": pose,
+               "shape": column["handBeta"], "trans": trans, "root": wrists}
+    if "verts" in truth:
+        numbers["verts"] = truth["verts"] @ OPENGL
     pictures = [label.replace("/meta/", "/rgb/").replace(".pkl", ".png") for label in labels]
     return Index(f"ho3d {'test' if evaluation else 'train'}", str(root), {
         "paths": path_column(pictures), "side": np.full(n, "right"), "image_id": np.arange(n),
@@ -155,12 +157,13 @@ def _index_ho3d(root: Path, home: str, labels: list[str], mano: dict | None) -> 
         "annotated" if evaluation else "joints", notes=notes)
 
 
-def _ho3d_truth(root: Path, wrists: np.ndarray) -> tuple[dict[str, np.ndarray], list[str]]:
+def _truth(root: Path, wrists: np.ndarray) -> tuple[dict[str, np.ndarray], list[str]]:
     """xyz (N, 21, 3) and, if there, verts of the evaluation, HO3D's axes and order, m; notes.
 
     Its first joint must be the labels' wrist (N, 3) m: else it is of other frames or in other axes.
     """
-    found, notes = {"xyz": np.full((len(wrists), N_JOINTS, 3), np.nan)}, []
+    found = {"xyz": np.full((len(wrists), N_JOINTS, 3), np.nan)}
+    notes = []
     for kind, dims in (("xyz", (N_JOINTS, 3)), ("verts", (N_VERTS, 3))):
         file = root / f"evaluation_{kind}.json"
         if not file.is_file():
@@ -172,16 +175,16 @@ def _ho3d_truth(root: Path, wrists: np.ndarray) -> tuple[dict[str, np.ndarray], 
                             f"{len(wrists):,} frames")
     apart = np.linalg.norm(found["xyz"][:, 0] @ OPENGL - wrists, axis=-1)
     if np.isfinite(apart).any() and np.nanmedian(apart) > 0.01:
-        raise UserError(f"ho3d: {root}/evaluation_xyz.json lies {1000 * np.nanmedian(apart):.0f} mm "
-                        "from the wrists in evaluation/*/meta: it is of other frames or in other axes")
+        raise UserError(f"ho3d: {root}/evaluation_xyz.json lies {1000 * np.nanmedian(apart):.0f} "
+                        "mm from the wrists in evaluation/*/meta: it is of other frames or in "
+                        "other axes")
     return found, notes
 
 
 HO3D = DataSet(index_ho3d, joints=Joints("ho3d"))
 
 
-# ---- Official protocol ----------------------------------------------------------------------------
-
+# ---- Official protocol ---------------------------------------------------------------------------
 
 
 def ho3d_scores(f: dict, hand: Mano | None = None) -> dict[str, Tensor]:
@@ -195,7 +198,8 @@ def submit_ho3d(out: Path, index: Index, kept: dict[str, Tensor]) -> Path:
     every_sample(index)
     axes = torch.tensor(OPENGL).float()
     verts = kept["verts"] @ axes if "verts" in kept else None
-    return write_submission(out / "pred.zip", kept["joints"][:, np.argsort(MANO_TO_OURS)] @ axes, verts)
+    joints = kept["joints"][:, np.argsort(MANO_TO_OURS)] @ axes
+    return write_submission(out / "pred.zip", joints, verts)
 
 
 PROTOCOLS = {"ho3d": ho3d_scores}

@@ -1,27 +1,22 @@
-"""interhand: reader of its official layout."""
+"""InterHand2.6M v1.0: layout, joint order and scores (facebookresearch/InterHand2.6M 5d0e456)."""
 from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
 # common before torch: it settles how threads wait
-from common import (
-    N_JOINTS, Mano, UserError, axis_angle_to_matrix, matrix_to_axis_angle, mpjpe, n_mpjpe)
+from common import N_JOINTS, Mano, UserError, mpjpe, n_mpjpe
 from hand.official import mirror_mano
 from sources.dexycb import ti_net_scores
-from sources.index import (
-    DataSet, Index, cached, data_folder, drop_missing, hand_stamp, note_poses, path_column, stamp,
-    tight_box)
+from sources.files import cached, data_folder, drop_missing, note_poses, path_column
+from sources.index import DataSet, Index, poses_in_cameras, tight_box
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-
-# InterHand2.6M v1.0: layout and order are those of facebookresearch/InterHand2.6M 5d0e456.
 
 INTERHAND_TO_OURS = (20, 3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12, 19, 18, 17, 16)
 
@@ -49,16 +44,17 @@ def index_interhand(root: str | Path, split: str = "train", part: str = "all",
     for file in files:
         if not (root / file).is_file():
             raise UserError(f"interhand: {root / file} is missing (layout of v1.0)")
-    key = ("interhand", os.path.realpath(root), part, stamp(root, files), hand_stamp(mano))
-    name = f"interhand:{part} {split}"
-    index = cached(cache, key, lambda: _index_interhand(name, root, split, part, files, mano))
+    index = _parse_interhand(root, f"interhand:{part} {split}", split, part, files, files=files,
+                             cache=cache, mano=mano)
     return note_poses(drop_missing(index))
 
 
-def _interhand_hands(note: dict, image: dict, path: str, tables: list[dict]) -> list[dict | str]:
+def _hands(note: dict, image: dict, path: str, tables: list[dict]) -> list[dict | str]:
     """A picture's annotated hands, and the reasons where something is left out."""
     cameras, frames, fits = tables
-    capture, camera, frame = str(image["capture"]), str(image["camera"]), str(image["frame_idx"])
+    capture = str(image["capture"])
+    camera = str(image["camera"])
+    frame = str(image["frame_idx"])
     if frame not in frames.get(capture, {}):
         return ["pictures without 3D joints"]
     ok = np.array(note["joint_valid"], bool).reshape(2, N_JOINTS)
@@ -66,7 +62,8 @@ def _interhand_hands(note: dict, image: dict, path: str, tables: list[dict]) -> 
     found = []
     for number, side in enumerate(("right", "left")):
         if not ok[number, 20]:                                     # its wrist
-            found += ["hands without a valid wrist"] * (note["hand_type"] in (side, "interacting"))
+            if note["hand_type"] in (side, "interacting"):
+                found.append("hands without a valid wrist")
             continue
         fit = (fits.get(capture, {}).get(frame) or {}).get(side) or {}
         found.append({
@@ -81,37 +78,23 @@ def _interhand_hands(note: dict, image: dict, path: str, tables: list[dict]) -> 
     return found
 
 
-def _interhand_pose(column: dict[str, np.ndarray], mano: dict | None) -> tuple:
-    """pose (N, 48) with the mean and trans (N, 3) m, world to camera; NaN without MANO."""
-    pose, trans = np.full_like(column["pose"], np.nan), np.full_like(column["trans"], np.nan)
-    if "right" not in (mano or {}):
-        return pose, trans
-    for side, hand in (("right", mano["right"]), ("left", mirror_mano(mano["right"]))):
-        rows, J = column["side"] == side, hand["J_regressor"][0]
-        R, local = torch.tensor(column["R"][rows]), torch.tensor(column["pose"][rows])
-        J0 = column["shape"][rows] @ np.einsum("m,mcs->sc", J, hand["shapedirs"])
-        J0 += J @ hand["v_template"]
-        root = matrix_to_axis_angle(R @ axis_angle_to_matrix(local[:, :3]))
-        pose[rows] = np.concatenate([root.numpy(), local[:, 3:].numpy() + hand["hands_mean"]], 1)
-        pivot = J0 + column["trans"][rows] - column["campos"][rows] / 1000        # world axes, m
-        trans[rows] = np.einsum("nij,nj->ni", R, pivot) - J0
-    return pose, trans
-
-
-def _index_interhand(name: str, root: Path, split: str, part: str, files: list[str],
-                     mano: dict | None) -> Index:
-    """`index_interhand` without the cache."""
+@cached
+def _parse_interhand(root: Path, name: str, split: str, part: str, files: list[str],
+                     mano: dict | None = None) -> Index:
+    """All hands of a part, from the annotation files."""
+    found: list[dict | str] = []
     try:
         data, *tables = (json.loads((root / file).read_bytes()) for file in files[:4])
         human = {int(i) for i in (root / files[4]).read_text().split()} if files[4:] else set()
-        images, found = {image["id"]: image for image in data["images"]}, []
+        images = {image["id"]: image for image in data["images"]}
         for note in tqdm(data["annotations"], "reading interhand", disable=len(images) < 2000):
-            two, by_hand = note["hand_type"] == "interacting", note["id"] in human
-            if {"all": True, "single": not two, "interacting": two, "H": by_hand,
-                    "M": not by_hand}[part]:
+            two = note["hand_type"] == "interacting"
+            by_hand = note["id"] in human
+            wanted = {"all": True, "single": not two, "interacting": two, "H": by_hand,
+                      "M": not by_hand}
+            if wanted[part]:
                 image = images[note["image_id"]]
-                path = f"images/{split}/{image['file_name']}"
-                found += _interhand_hands(note, image, path, tables)
+                found += _hands(note, image, f"images/{split}/{image['file_name']}", tables)
         rows = [row for row in found if isinstance(row, dict)]
         column = {key: np.array([row[key] for row in rows]) for key in (rows[0] if rows else ())}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -121,14 +104,25 @@ def _index_interhand(name: str, root: Path, split: str, part: str, files: list[s
     dropped = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
     if not rows:
         raise UserError(f"{name}: {root} has no hand to read, left out {dropped}")
-    pose, trans = _interhand_pose(column, mano)
-    joints = column["world"] - column["campos"][:, None]                          # mm
-    joints = np.einsum("nij,nkj->nki", column["R"], joints) / 1000
+    n = len(rows)
+    R = column["R"]
+    joints = np.einsum("nij,nkj->nki", R, column["world"] - column["campos"][:, None]) / 1000
     broken = (column["ok"] & ~np.isfinite(joints).all(-1)).any(1)
     joints = np.where(column["ok"][..., None], joints, np.nan)[:, INTERHAND_TO_OURS]
     uv = joints[..., :2] / joints[..., 2:] * column["focal"][:, None] + column["princpt"][:, None]
-    K = np.tile(np.eye(3), (len(rows), 1, 1))
-    K[:, [0, 1], [0, 1]], K[:, :2, 2] = column["focal"], column["princpt"]
+    K = np.tile(np.eye(3), (n, 1, 1))
+    K[:, [0, 1], [0, 1]] = column["focal"]
+    K[:, :2, 2] = column["princpt"]
+    cameras = np.tile(np.eye(4), (n, 1, 1))
+    cameras[:, :3, :3] = R
+    cameras[:, :3, 3] = -np.einsum("nij,nj->ni", R, column["campos"]) / 1000
+    pose = np.full((n, 48), np.nan)
+    trans = np.full((n, 3), np.nan)
+    if "right" in (mano or {}):
+        for side, hand in (("right", mano["right"]), ("left", mirror_mano(mano["right"]))):
+            one = column["side"] == side
+            pose[one], trans[one] = poses_in_cameras(
+                hand, column["pose"][one], column["shape"][one], column["trans"][one], cameras[one])
     numbers = {"box": tight_box(uv), "K": K, "joints": joints, "uv": uv, "pose": pose,
                "shape": column["shape"], "trans": trans}
     score = ("annotation_id", "image_id", "capture", "frame", "camera", "hand_type",
@@ -139,12 +133,11 @@ def _index_interhand(name: str, root: Path, split: str, part: str, files: list[s
         **{key: column[key] for key in score}}, "joints", dropped).drop(broken, "hands with NaN")
 
 
-# Its joints are annotated by hand and by machine, not defined by a mesh: the chain's are the nearest.
+# Its joints are annotated by hand and by machine, not defined by a mesh: the chain's are nearest.
 INTERHAND = DataSet(index_interhand)
 
 
-# ---- Official protocol ----------------------------------------------------------------------------
-
+# ---- Official protocol ---------------------------------------------------------------------------
 
 
 def interhand_scores(f: dict, hand: Mano | None = None) -> dict[str, Tensor]:
@@ -158,7 +151,7 @@ def interhand_scores(f: dict, hand: Mano | None = None) -> dict[str, Tensor]:
 
 
 def mrrpe(root_error: Tensor, left: Tensor, picture_of: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Error of the vector between two hands: (N, 3) m as read, left (N,), pictures (N,) -> (P,) twice.
+    """Error of the vector between two hands: (N, 3) m as read, left, pictures (N,) -> two (P,).
 
     First the numbers of rows, then errors in m. A pair counts where both hands of a picture have a
     predicted and a true wrist; its row is the right hand's.

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import default_collate as collate
 
 
-# ---- The protocol ---------------------------------------------------------------------------------
+# ---- The protocol --------------------------------------------------------------------------------
 
 
 class Targets(Protocol):
@@ -50,7 +50,7 @@ class Source(Targets, Protocol):
         return [self]
 
     def gives(self, key: str) -> bool:
-        """Whether the data set itself holds `key` (uv_label, cameras, ...) of one sample at least."""
+        """Whether the data set itself holds `key` (uv_label, cameras, ...) of some sample."""
         ...
 
 
@@ -111,7 +111,7 @@ def training_steps(data: Source, cfg: Pace, epoch: int, first: int, device: torc
         yield step, [next(stream) for _ in range(micro.shape[1])]
 
 
-# ---- Sources of sources ---------------------------------------------------------------------------
+# ---- Sources of sources --------------------------------------------------------------------------
 
 
 class Rows(Source):
@@ -193,7 +193,7 @@ class Joined(Source):
 
 
 def _together(found: list[dict], order: Tensor) -> dict:
-    """Collated samples one after the other, then taken in `order` (B,); keys that all of them have."""
+    """Collated samples one after the other, then taken in `order` (B,); keys that all have."""
     out = {}
     for key, first in found[0].items():
         values = [one[key] for one in found if key in one]

@@ -78,8 +78,9 @@ def cut_square(picture: np.ndarray, middle: np.ndarray, side: float, size: int) 
     end = np.array(picture.shape[1::-1])
     low = middle + 0.5 - side / 2                                  # edges: pixel i is [i, i + 1]
     reach = int(np.ceil(max(side / size, 1))) + 1
-    first, last = np.floor(low).astype(int) - reach, np.ceil(low + side).astype(int) + reach
+    first = np.floor(low).astype(int) - reach
     first = np.where(low >= 0, np.maximum(first, 0), first)
+    last = np.ceil(low + side).astype(int) + reach
     last = np.where(low + side <= end, np.minimum(last, end), last)
     patch = Image.fromarray(picture).crop((*first.tolist(), *last.tolist()))
     left, top = (low - first).tolist()
@@ -93,8 +94,9 @@ def _hand_detector() -> Any:
     try:
         from mediapipe.python.solutions.hands import Hands as Detector
     except ImportError:
-        raise UserError("finding hands in photos needs MediaPipe (pip install mediapipe==0.10.21); without it "
-                        "write labels.jsonl beside the photos, with path, side and box of each hand") from None
+        raise UserError("finding hands in photos needs MediaPipe (pip install mediapipe==0.10.21); "
+                        "without it write labels.jsonl beside the photos, with path, side and box "
+                        "of each hand") from None
     return Detector(static_image_mode=True, max_num_hands=8)
 
 
@@ -104,15 +106,14 @@ def detect_hands(picture: np.ndarray) -> list[dict]:
     UserError where MediaPipe is not installed.
     """
     found = _hand_detector().process(np.ascontiguousarray(picture))
-    size, hands = np.array(picture.shape[1::-1]), []
+    size = np.array(picture.shape[1::-1])
+    hands = []
     for points, kind in zip(found.multi_hand_landmarks or (), found.multi_handedness or ()):
-        sure = kind.classification[0]                  # its names are for a mirrored selfie: swapped here
-        hands.append({"side": "left" if sure.label == "Right" else "right", "confidence": float(sure.score),
+        sure = kind.classification[0]
+        side = "left" if sure.label == "Right" else "right"      # named for a mirrored selfie
+        hands.append({"side": side, "confidence": float(sure.score),
                       "uv": np.array([(p.x, p.y) for p in points.landmark]) * size - 0.5})
     return hands
-
-
-# Any synchronised cameras: frames/NAME/FRAME.jpg, cameras.json and, optionally, labels/NAME/FRAME.json.
 
 
 def _distort(xy: np.ndarray, dist: np.ndarray) -> np.ndarray:
@@ -127,7 +128,8 @@ def _distort(xy: np.ndarray, dist: np.ndarray) -> np.ndarray:
 
 def undistort(uv: np.ndarray, K: np.ndarray, dist: np.ndarray) -> np.ndarray:
     """Points (..., 2) px as seen -> where a pinhole camera with the same K would see them."""
-    f, c = K[[0, 1], [0, 1]], K[:2, 2]
+    f = K[[0, 1], [0, 1]]
+    c = K[:2, 2]
     seen = (uv - c) / f
     xy = seen
     for _ in range(50):                                            # fixed point: x = seen - bend(x)
@@ -136,8 +138,10 @@ def undistort(uv: np.ndarray, K: np.ndarray, dist: np.ndarray) -> np.ndarray:
 
 
 def undistort_picture(picture: np.ndarray, K: np.ndarray, dist: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 as a pinhole camera with the same K would take it; black where it saw more."""
-    f, c, (H, W) = K[[0, 1], [0, 1]], K[:2, 2], picture.shape[:2]
+    """(H, W, 3) uint8 as a pinhole camera with the same K takes it; black where it saw more."""
+    f = K[[0, 1], [0, 1]]
+    c = K[:2, 2]
+    H, W = picture.shape[:2]
     grid = np.stack(np.meshgrid(np.arange(W), np.arange(H)), -1)
     at = (2 * (_distort((grid - c) / f, dist) * f + c) + 1) / (W, H) - 1
     source = torch.from_numpy(picture).permute(2, 0, 1)[None].float()

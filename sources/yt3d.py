@@ -1,53 +1,54 @@
-"""yt3d: reader of its official layout."""
+"""YouTube3DHands: layout, joints and scores (arielai/youtube_3d_hands).
+
+The frames come from its own download script.
+"""
 from __future__ import annotations
 
 import json
 import math
-import os
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 # common before torch: it settles how threads wait
 from common import (
     MANO_TO_OURS, MIDDLE_MCP, N_VERTS, TIPS, Mano, UserError, auc, epe, pa_mpjpe)
-from sources.index import (
-    DataSet, Index, Joints, cached, data_folder, drop_missing, hand_stamp, path_column,
-    pictures_below, stamp, tight_box)
+from sources.files import cached, data_folder, drop_missing, path_column, pictures_below
+from sources.index import DataSet, Index, Joints, tight_box
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-
-# YouTube3DHands: layout is that of arielai/youtube_3d_hands; the frames come from its download script.
+# Only a mesh is annotated, in pixels; its joints are regressed from it.
+JOINTS = Joints("smplx", regressed=True)
 
 
 def index_yt3d(root: str | Path, split: str = "train", mano: dict | None = None,
                cache: str | Path | None = None) -> Index:
-    """YouTube3DHands, one row a hand: youtube_SPLIT.json in root or root/data, its frames beside it.
+    """YouTube3DHands, one row a hand: youtube_SPLIT.json in root or root/data, frames beside it.
 
-    Vertices are pixels, with a depth on the same scale: joints and verts in metres stay NaN. Columns
-    for scores: verts_px (N, 778, 3) and joints_px (N, 21, 3), px of the frame as it lies there, and
-    frame_scale (N, 2), how much wider and higher that frame is than annotated (videos come in other
-    sizes than they had; x goes to (x + 0.5) s - 0.5, the depth by the geometric mean). joints_px, and
-    uv with it, are the 16 joints that the user's own mano["right"] regresses from the vertices, of
-    either side, and smplx's tips; without that file only the tips are known, and a note says so.
+    Vertices are pixels, with a depth on the same scale: joints and verts in metres stay NaN.
+    Columns for scores: verts_px (N, 778, 3) and joints_px (N, 21, 3), px of the frame as it lies there,
+    and frame_scale (N, 2), how much wider and higher that frame is than annotated (videos come in other
+    sizes than they had; x goes to (x + 0.5) s - 0.5, the depth by the geometric mean). joints_px,
+    and uv with it, are the 16 joints that the user's own mano["right"] regresses from the vertices,
+    of either side, and smplx's tips; without that file only the tips are known, and a note says so.
     Boxes are tight around the vertices. Frames may be .png or .jpg; hands without their frame are
     left out and counted, videos of which nothing is there are named. UserError: no or foreign file.
     """
-    root, name = data_folder(root, "yt3d"), f"youtube_{split}.json"
+    root = data_folder(root, "yt3d")
+    name = f"youtube_{split}.json"
     home = next((place for place in (root / "data", root) if (place / name).is_file()), None)
     if home is None:
         raise UserError(f"yt3d: {name} is neither in {root} nor in {root / 'data'}")
     frames = [f"youtube/{frame}" for frame in pictures_below(home / "youtube")]
-    key = ("yt3d", os.path.realpath(home), name, stamp(home, [name, *frames]), hand_stamp(mano))
-    index = cached(cache, key, lambda: _index_yt3d(home, split, set(frames), mano))
-    return drop_missing(index)
+    return drop_missing(_parse_yt3d(home, name, frames, files=[name, *frames], cache=cache,
+                                    mano=mano))
 
 
 def _compact(entry: dict) -> dict:
-    """An annotation with its vertices as an array: as lists, all of a file would fill the memory."""
+    """An annotation with its vertices as an array: lists of all of them would fill the memory."""
     if "vertices" in entry:
         entry["vertices"] = np.array(entry["vertices"], np.float32).reshape(N_VERTS, 3)
     return entry
@@ -62,14 +63,17 @@ def _frame_size(path: str) -> tuple[float, float]:
         return math.nan, math.nan
 
 
-def _index_yt3d(home: Path, split: str, frames: set[str], mano: dict | None) -> Index:
-    """`index_yt3d` without the cache."""
-    file = home / f"youtube_{split}.json"
+@cached
+def _parse_yt3d(home: Path, name: str, frames: list[str], mano: dict | None = None) -> Index:
+    """All hands of an annotation file, in the size of their frames."""
+    file = home / name
+    listed = set(frames)
     try:
         content = json.loads(file.read_bytes(), object_hook=_compact)
-        images, hands = {image["id"]: image for image in content["images"]}, content["annotations"]
+        images = {image["id"]: image for image in content["images"]}
+        hands = content["annotations"]
         of = [images[hand["image_id"]] for hand in hands]
-        paths = [image["name"] if image["name"] in frames
+        paths = [image["name"] if image["name"] in listed
                  else Path(image["name"]).with_suffix(".jpg").as_posix() for image in of]
         annotated = np.array([[image["width"], image["height"]] for image in of], np.float32)
         annotated = annotated.reshape(-1, 2)
@@ -79,7 +83,7 @@ def _index_yt3d(home: Path, split: str, frames: set[str], mano: dict | None) -> 
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"yt3d: {file} is not as published ({type(error).__name__}: {error})"
                         ) from error
-    there = sorted({path for path in paths if path in frames})
+    there = sorted({path for path in paths if path in listed})
     with ThreadPool() as pool:
         sizes = dict(zip(there, pool.map(_frame_size, [str(home / path) for path in there])))
     scale = np.array([sizes.get(path, size) for path, size in zip(paths, annotated)], np.float32)
@@ -89,38 +93,45 @@ def _index_yt3d(home: Path, split: str, frames: set[str], mano: dict | None) -> 
     joints = np.full((len(px), 16, 3), np.nan)
     if "right" in (mano or {}):
         joints = mano["right"]["J_regressor"].astype(np.float32) @ px
-    joints = np.concatenate([joints, px[:, list(TIPS["smplx"])]], 1)[:, MANO_TO_OURS]
+    joints = np.concatenate([joints, px[:, list(TIPS[JOINTS.tips])]], 1)[:, MANO_TO_OURS]
     numbers = {"uv": joints[..., :2], "box": tight_box(px[..., :2]), "verts_px": px,
                "joints_px": joints, "frame_scale": scale}
+    split = file.stem.removeprefix("youtube_")
     index = Index(f"yt3d {split}", str(home), {
-        "paths": path_column(paths), "side": side, "id": ids["id"].astype(str), "image_id": ids["image_id"],
-        **{key: value.astype(np.float32) for key, value in numbers.items()}}, "joints")
-    index.notes = _yt3d_notes(paths, frames, scale, "right" in (mano or {}))
+        "paths": path_column(paths), "side": side, "id": ids["id"].astype(str),
+        "image_id": ids["image_id"],
+        **{key: value.astype(np.float32) for key, value in numbers.items()}}, "joints",
+        notes=_notes(paths, frames, scale, "right" in (mano or {})))
     unreadable = np.isnan(scale).any(1)
     index = index.drop(unreadable, "unreadable pictures")
     return index.drop(~np.isfinite(px[~unreadable]).all((1, 2)), "hands with NaN")
 
 
-def _yt3d_notes(paths: list[str], frames: set[str], scale: np.ndarray, known: bool) -> list[str]:
+def _videos(paths: list[str]) -> set[str]:
+    """Names of the videos that frames are of."""
+    return {path.split("/")[1] if path.count("/") > 1 else path for path in paths}
+
+
+def _notes(paths: list[str], frames: list[str], scale: np.ndarray, known: bool) -> list[str]:
     """What belongs beside a score: videos that are missing, frames resized, joints unknown."""
-    video = lambda path: path.split("/")[1] if path.count("/") > 1 else path
-    gone, notes = sorted({*map(video, paths)} - {*map(video, frames)}), []
+    notes = []
+    gone = sorted(_videos(paths) - _videos(frames))
     if gone:
         notes.append(f"not one frame of {len(gone)} videos: {', '.join(gone[:20])}"
                      + ", ..." * (len(gone) > 20))
-    if other := int((np.abs(scale - 1) > 1e-6).any(1).sum()):
+    other = int((np.abs(scale - 1) > 1e-6).any(1).sum())
+    if other:
         notes.append(f"{other} hands lie in frames of another size than annotated, and were scaled")
     if not known:
-        notes.append("only the finger tips are known: the other joints need the MANO file's regressor")
+        notes.append("only the finger tips are known: the other joints need the MANO file's "
+                     "regressor")
     return notes
 
 
-# Only a mesh is annotated; its joints are regressed, as `index_yt3d` does.
-YT3D = DataSet(index_yt3d, joints=Joints("smplx", regressed=True))
+YT3D = DataSet(index_yt3d, joints=JOINTS)
 
 
-# ---- Official protocol ----------------------------------------------------------------------------
-
+# ---- Official protocol ---------------------------------------------------------------------------
 
 
 def yt3d_scores(f: dict, hand: Mano) -> dict[str, Tensor]:

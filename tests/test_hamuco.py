@@ -16,7 +16,7 @@ from hand.builtin import builtin_hand
 from sources import open_data
 from sources.freihand import index_freihand
 from sources.index import Index
-from sources.index import hand_labels
+from sources.files import hand_labels
 from sources.hands import Hands
 from sources.hands import Views
 from sources.pictures import _hand_detector

@@ -5,7 +5,7 @@ FAULTS = [
     ("sources/loader.py", "micro = order.view(steps, -1, cfg.micro_batch)[first:,", "micro = order.view(steps, -1, cfg.micro_batch)[:steps - first,",
      "sources/test_loader.py", "goes_on_where"),
     ("sources/interhand.py", "INTERHAND_TO_OURS = (20, 3, 2, 1, 0,", "INTERHAND_TO_OURS = (20, 0, 1, 2, 3,", "sources/test_data.py", "interhand"),
-    ("sources/interhand.py", 'joints = np.einsum("nij,nkj->nki", column["R"], joints) / 1000', 'joints = np.einsum("nij,nkj->nki", column["R"], joints) / 100',
+    ("sources/interhand.py", 'column["world"] - column["campos"][:, None]) / 1000', 'column["world"] - column["campos"][:, None]) / 100',
      "sources/test_data.py", "interhand"),
     ("sources/hands.py", 'M[v] = D @ index.columns["cameras"][row] @ D',
      'M[v] = index.columns["cameras"][row]', "test_hamuco.py", "left_hands_are_mirrored"),

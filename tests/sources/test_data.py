@@ -341,7 +341,7 @@ def test_folder_refuses_what_is_empty(tmp_path):
 def test_cached_index_equals_a_fresh_one_and_notices_changes(tmp_path, monkeypatch):
     root = label_folder(tmp_path / "data", LABEL)
     fresh = index_folder(root, cache=tmp_path / "cache")
-    monkeypatch.setattr("sources.index.check_images", lambda paths: pytest.fail("was read again"))
+    monkeypatch.setattr("sources.files.check_images", lambda paths: pytest.fail("was read again"))
     again = index_folder(root, cache=tmp_path / "cache")
     assert vars(again).keys() == vars(fresh).keys() and again.summary() == fresh.summary()
     for key, column in fresh.columns.items():

@@ -315,7 +315,7 @@ def test_yt3d_cache_notices_frames_that_come(tmp_path, monkeypatch):
     ids = lambda: index_yt3d(tmp_path, "train", cache=tmp_path / "cache").columns["id"].tolist()
     assert ids() == ["900", "901"]
     with monkeypatch.context() as patch:
-        patch.setattr("sources.yt3d._index_yt3d", lambda *_: pytest.fail("was read again"))
+        patch.setattr("sources.yt3d._frame_size", lambda *_: pytest.fail("was read again"))
         assert ids() == ["900", "901"]
     picture(tmp_path / "youtube/abc/video/frames/12.jpg", 40, 30)
     assert ids() == ["900", "901", "903"]
@@ -501,7 +501,7 @@ def test_ho3d_cache_notices_other_labels(tmp_path, monkeypatch):
     write_ho3d(tmp_path, "train", [meta(0), meta(1)], ["A/0", "A/1"])
     fresh = index_ho3d(tmp_path, cache=tmp_path / "cache")
     with monkeypatch.context() as patch:
-        patch.setattr("sources.ho3d._ho3d_label", lambda _: pytest.fail("was read again"))
+        patch.setattr("sources.ho3d._label", lambda _: pytest.fail("was read again"))
         again = index_ho3d(tmp_path, cache=tmp_path / "cache")
     assert np.array_equal(again.columns["joints"], fresh.columns["joints"]) and len(again) == 2
     (tmp_path / "train/A/meta/1.pkl").unlink()

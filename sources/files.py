@@ -1,0 +1,192 @@
+"""What readers of data sets do with folders and files; what they parsed is parsed once."""
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+# common before torch: it settles how threads wait
+from common import N_JOINTS, UserError
+from sources.index import PICTURES, Index
+from sources.pictures import check_images
+
+import numpy as np
+
+INDEX_VERSION = 2                                       # raise it when what readers return changes
+UNLABELLED = "unlabelled frames"                        # why a row may be left out
+
+
+def data_folder(root: str | Path, name: str) -> Path:
+    """The folder of a data set; UserError where it is missing."""
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        raise UserError(f"{name}: there is no folder {path}; give {name}=DIR or --root DIR")
+    return path
+
+
+def path_column(paths: list[str]) -> np.ndarray:
+    """Relative paths as one compact column of bytes; any file name survives."""
+    return np.array([os.fsencode(path) for path in paths], dtype=bytes)
+
+
+def pictures_below(root: Path) -> list[str]:
+    """Relative paths of all pictures below a folder, sorted; hidden files and folders left out."""
+    found = []
+    seen = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:                                           # a link may lead back up
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        below = os.path.relpath(folder, root).replace(os.sep, "/")
+        found += [name if below == "." else f"{below}/{name}" for name in files
+                  if name[0] != "." and name.lower().endswith(PICTURES)]
+    return sorted(found)
+
+
+def stamp(root: Path, names: list[str]) -> str:
+    """Digest of names, sizes and times of files or folders: changes when any of them does."""
+    stats = [os.stat(os.path.join(root, name)) for name in names]
+    text = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats)])
+    return hashlib.sha1(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def cached(parse: Callable[..., Index]) -> Callable[..., Index]:
+    """Decorator: parse(root, *given[, mano]) -> Index is called once for the same files.
+
+    The caller adds `files`, the names below root that the Index is made of, and `cache`, the folder
+    that keeps it as .npz, or None. What is kept is found again by the function's name, `given`, the
+    files' names, sizes and times, and the hands in `mano`.
+    """
+    @functools.wraps(parse)
+    def parse_once(root: Path, *given: object, files: list[str], cache: str | Path | None,
+                   **mano: dict | None) -> Index:
+        if cache is None:
+            return parse(root, *given, **mano)
+        key = (INDEX_VERSION, parse.__name__, os.path.realpath(root), given, stamp(root, files),
+               hand_stamp(mano.get("mano")))
+        digest = hashlib.sha1(repr(key).encode("utf-8", "surrogateescape")).hexdigest()
+        file = Path(cache, f"index-{digest[:20]}.npz")
+        kept = load_index(file)
+        if kept is None:
+            kept = parse(root, *given, **mano)
+            save_index(kept, file)
+        return dataclasses.replace(kept, root=str(root))       # it may have been another way there
+    return parse_once
+
+
+def load_index(file: Path) -> Index | None:
+    """What `save_index` wrote; None where there is no such file, or not all of it."""
+    try:
+        with np.load(file) as stored:
+            columns = {name: stored[name] for name in stored.files if name != "about"}
+            return Index(columns=columns, **json.loads(str(stored["about"])))
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        return None
+
+
+def save_index(index: Index, file: Path) -> None:
+    """Write an index as .npz, under another name until it is whole; UserError on failure."""
+    about = {name: value for name, value in vars(index).items() if name != "columns"}
+    part = file.with_suffix(f".{os.getpid()}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as out:
+            np.savez(out, about=json.dumps(about), **index.columns)
+        os.replace(part, file)
+    except OSError as error:
+        raise UserError(f"--cache {file.parent}: cannot be written ({error.strerror})") from None
+
+
+def drop_unreadable(index: Index) -> Index:
+    """Open every picture of an index once; leave out, count and name those that cannot be read."""
+    paths, row = np.unique(index.columns["paths"], return_inverse=True)
+    good = check_images([os.path.join(index.root, os.fsdecode(path)) for path in paths])
+    if not good.all():
+        index = index.drop(~good[row], "unreadable pictures")
+        bad = [os.fsdecode(path) for path in paths[~good]]
+        index.notes.append(f"unreadable: {', '.join(bad[:20])}" + ", ..." * (len(bad) > 20))
+    return index
+
+
+def drop_missing(index: Index) -> Index:
+    """Leave out and count rows whose picture is not there; UserError where none is."""
+    root = os.fsencode(index.root)
+    listed = {}
+    there = []
+    for folder, name in map(os.path.split, index.columns["paths"].tolist()):
+        if folder not in listed:
+            full = os.path.join(root, folder)
+            listed[folder] = set(os.listdir(full)) if os.path.isdir(full) else set()
+        there.append(name in listed[folder])
+    if not any(there):
+        raise UserError(f"{index.summary()}; not one of the pictures is below {index.root}")
+    return index.drop(~np.array(there), "samples without their picture")
+
+
+def note_poses(index: Index) -> Index:
+    """Say how many samples have no pose."""
+    if count := int(np.isnan(index.columns["pose"]).any(1).sum()):
+        index.notes.append(f"{count} samples have no pose: no fit, or the MANO file is not given")
+    return index
+
+
+def hand_stamp(mano: dict | None) -> str:
+    """Digest of the hand files that poses are converted with."""
+    parts = [part for side, hand in sorted((mano or {}).items()) for key in sorted(hand)
+             for part in (side.encode(), key.encode(), np.asarray(hand[key]).tobytes())]
+    return hashlib.sha1(b"".join(parts)).hexdigest()
+
+
+def empty_index(name: str, root: Path, note: str) -> Index:
+    """An index without rows, for a split that the data set does not have."""
+    columns = {"paths": path_column([]), "side": np.array([], str)}
+    return Index(name, str(root), columns, notes=[note])
+
+
+def json_numbers(file: Path, dims: tuple[int, ...]) -> np.ndarray:
+    """A .json that is nested lists of numbers as (N, *dims), float64; UserError if it is not that.
+
+    It is read as one run of numbers: FreiHAND's vertices would be 76 million Python objects.
+    """
+    text = file.read_bytes().translate(None, b"[] \t\r\n")
+    try:
+        values = np.fromstring(text, sep=",")
+    except ValueError:
+        values = np.empty(0)
+    if not text or len(values) != text.count(b",") + 1 or len(values) % math.prod(dims):
+        raise UserError(f"{file}: is not a list of entries of "
+                        f"{' x '.join(map(str, dims)) or 'one'} numbers each, or is cut off")
+    return values.reshape(-1, *dims)
+
+
+def hand_labels(file: str | Path, side: str = "right") -> tuple[np.ndarray, np.ndarray]:
+    """2D key points of a JSON file -> (21, 2) px, NaN where none, and (21,) confidence.
+
+    Either [coordinates, confidences] as HaMuCo's released labels, or OpenPose's output, of which
+    the surest person's hand is taken. UserError where it is neither.
+    """
+    try:
+        found = json.loads(Path(file).read_bytes())
+        if isinstance(found, dict):
+            people = [np.array(person[f"hand_{side}_keypoints_2d"], float).reshape(N_JOINTS, 3)
+                      for person in found["people"] if person.get(f"hand_{side}_keypoints_2d")]
+            people.sort(key=lambda hand: hand[:, 2].sum())
+            hand = people[-1] if people else np.zeros((N_JOINTS, 3))
+            uv, sure = hand[:, :2], hand[:, 2]
+        else:
+            uv = np.array(found[0], float).reshape(N_JOINTS, 2)
+            sure = np.array(found[1], float).reshape(N_JOINTS)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UserError(f"{file}: neither [coordinates, confidences] of 21 points nor OpenPose's "
+                        f"hands ({type(error).__name__}: {error})") from error
+    known = np.isfinite(uv).all(1) & (sure > 0)
+    return np.where(known[:, None], uv, np.nan), np.where(known, sure, 0).clip(0, 1)
