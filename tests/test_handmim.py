@@ -987,6 +987,17 @@ def test_prediction_keeps_the_contract(data):
     assert out["root"][2].isnan().all() and out["joints"].isfinite().all() and out["uv"].isfinite().all()
 
 
+def test_prediction_is_the_last_rectifier_s():
+    net, batch = awake(Config(**TINY, finetune="synthetic")).eval(), hand_batch(2)
+    states = []
+    net.register_forward_hook(lambda _, given, out: states.append((out, given[1])))
+    with torch.no_grad():
+        found = net.predict({"image": batch["image"], "K": batch["K"]})
+        (out, K), = states
+        assert torch.equal(found["joints"], net.hand(out[2], K).joints)
+        assert not torch.allclose(found["joints"], net.hand(out[0], K).joints, atol=1e-5)
+
+
 def test_rectifiers_read_the_class_token_their_state_and_the_map_at_the_joints():
     net, batch = awake(Config(**TINY, finetune="synthetic")).eval(), hand_batch(3)
     state = net.start.expand(3, -1) + 0.02 * torch.randn(3, 109)

@@ -407,7 +407,7 @@ def test_pretraining_loop_is_adamw_ema_and_centres_by_hand(monkeypatch, tmp_path
                       "--prototypes", "12", "--head-hidden", "8", "--decoder-width", "2", "--init", "init.pt"])
     assert modes == [{True}] * 10 and len(probed) == 1
     assert opened == [(("synthetic",), "train", 48, 1.7, CPU, {})]          # 1.5 x 32 px, 1.2 x sqrt(2) boxes
-    epochs = [json.loads(line) for line in Path("run/pretrain-handmim/log.jsonl").open() if "loss" not in line][1:]
+    epochs = [json.loads(line) for line in Path("run/pretrain-handmim/log.jsonl").read_text().splitlines() if "loss" not in line][1:]
     assert epochs == [{"epoch": 1}, {"epoch": 2, "probe_mpjpe_mm": 1.0}]
 
     torch.manual_seed(3)
@@ -666,7 +666,7 @@ def test_finetuning_loop_is_adam_by_hand(monkeypatch, tmp_path, frozen):
     assert modes == [{True}] * 6 and kept == [(0, True, "init", True)]
     assert opened == [(("synthetic",), "train", 56, 2.2, CPU, {"labelled": True}),             # 1.75 x 32 px
                       (("synthetic",), "val", 56, 2.2, CPU, {})]
-    epochs = [json.loads(line) for line in Path("run/finetune-init/log.jsonl").open() if "loss" not in line][1:]
+    epochs = [json.loads(line) for line in Path("run/finetune-init/log.jsonl").read_text().splitlines() if "loss" not in line][1:]
     assert epochs == [{"epoch": 1, "val_mpjpe_mm": 7.0}]
 
     torch.manual_seed(3)
