@@ -16,6 +16,7 @@ import common
 import hamuco
 from hamuco import Config, HaMuCo
 from hand.builtin import builtin_hand
+from sources import Source
 
 S, L, V, J = 32, 56, 3, 21                       # crop and stored picture px, views, joints
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -417,3 +418,253 @@ def test_the_step_and_its_gradient_are_those_of_the_paper_s_equations(exact, cas
             "G1.0.weight", "G2.0.weight", "blocks.0.attention.k.weight", "blocks.1.graph.first.A", "fuse.second.fc.bias",
             "F_r.2.weight") if f"interaction.{part}" in wanted]
     assert all(wanted[name].grad.abs().max() > 1e-8 for name in parts)
+
+
+# ---- The loop ----
+
+
+class Given(Source):
+    """Moments that are given, as a source: without pictures also."""
+
+    name, box_source = "given", "annotated"
+
+    def __init__(self, moments):
+        self.moments = moments
+
+    def __len__(self):
+        return len(self.moments["image"])
+
+    def batches(self, plan, device, workers):
+        for rows in plan:
+            yield pick(self.moments, rows)
+
+    def targets(self, rows):
+        found = pick(self.moments, rows)
+        return {k: v for k, v in found.items() if k != "image"} | {"side_px": torch.full((len(rows),), float(L))}
+
+    def gives(self, key):
+        return key in self.moments
+
+
+def pick(moments, rows):
+    """Rows of a dictionary of samples, collated."""
+    return {k: pick(v, rows) if isinstance(v, dict) else [v[r] for r in rows.tolist()] if isinstance(v, list) else v[rows].clone()
+            for k, v in moments.items()}
+
+
+def eight():
+    """Eight different moments, some with a missing view, with all that a source gives."""
+    found = [moments(k % 2) for k in range(4)]
+    for k, one in enumerate(found):
+        one["image"] = one["image"].roll(k, -1)
+        one["uv_label"] = one["uv_label"] + k
+    every = {k: torch.cat([one[k] for one in found]) if isinstance(v, torch.Tensor) else [x for one in found for x in one[k]]
+             for k, v in found[0].items() if k != "index"}
+    yes = torch.ones(8, dtype=torch.bool)
+    return every | {"has": {"cameras": yes, "uv": yes, "joints": yes}, "pose": torch.full((8, V, 48), math.nan),
+                    "shape": torch.full((8, V, 10), math.nan), "joints_ok": every["joints"].isfinite().all(-1)}
+
+
+class Recorder:
+    """What the real command gives its step, and the network's state at each."""
+
+    def __init__(self, monkeypatch):
+        self.calls, step = [], hamuco.train_step
+
+        def recorded(net, batch, cfg, epoch, number):
+            self.calls.append({
+                "batch": dict(batch), "epoch": epoch, "step": number, "net": net, "cfg": cfg,
+                "training": all(module.training for module in net.modules()),
+                "state": {k: v.clone() for k, v in net.state_dict().items()}})
+            return step(net, batch, cfg, epoch, number)
+
+        recorded.__wrapped__ = step
+        monkeypatch.setattr(hamuco, "train_step", recorded)
+
+
+@pytest.fixture()
+def command(monkeypatch, tmp_path):
+    """command(*words) runs hamuco.py on the eight moments as a user would; returns what was recorded, and the folder."""
+    opened = []
+
+    def open_data(cfg, specs, split, size, margin, device, **more):
+        opened.append((split, size, margin, more["rig"].views))
+        return Given(eight()) if split == "train" else Given(pick(eight(), torch.arange(0)))
+
+    monkeypatch.setattr(hamuco, "open_data", open_data)
+
+    def run(*words, out="run"):
+        record = Recorder(monkeypatch)
+        hamuco.main(["--data", "synthetic", "--mano", "builtin", "--image-size", str(S), "--views", str(V), "--batch-size", "4",
+                     "--micro-batch", "2", "--epochs", "1", "--warm-epochs", "0", "--workers", "0", "--device", "cpu",
+                     "--lr", "1e-3", "--seed", "5", "--out", str(tmp_path / out), *words])
+        assert ("train", L, 2.2, V) in opened
+        return record.calls, tmp_path / out
+    return run
+
+
+def final(folder, name="train-hamuco"):
+    return torch.load(folder / name / "last.pt", weights_only=True)["model"]
+
+
+def test_four_steps_of_the_command_are_those_of_a_hand_written_loop(command):
+    """AdamW of (Loshchilov and Hutter), a cosine to 0 over two steps, then one from a tenth for the masks' epoch."""
+    calls, out = command("--mask-epochs", "1", "--weight-decay", "0.3")
+    assert [(c["epoch"], c["step"]) for c in calls] == [(0, 0), (0, 0), (0, 1), (0, 1), (1, 2), (1, 2), (1, 3), (1, 3)]
+    order = torch.cat([common.permutation(8, 5, 0), common.permutation(8, 5, 1)]).split(2)
+    for call, rows in zip(calls, order):
+        assert call["batch"]["index"].tolist() == rows.tolist()
+        assert torch.equal(call["batch"]["image"], eight()["image"][rows])
+        assert torch.allclose(call["batch"]["uv_label"], eight()["uv_label"][rows], equal_nan=True)
+    assert all(call["training"] for call in calls)
+    model = HaMuCo(calls[0]["cfg"]).to(memory_format=torch.channels_last).train()
+    first = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    second = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    states = [calls[2 * n]["state"] for n in range(4)] + [final(out)]
+    lines = [json.loads(line) for line in (out / "train-hamuco" / "log.jsonl").read_text().splitlines()]
+    logged = {line["step"]: line for line in lines if "step" in line}
+    for n in range(4):
+        model.load_state_dict(states[n])
+        norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+        inputs = {name: [] for name in norms}
+        hooks = [module.register_forward_hook(lambda _, x, y, name=name: inputs[name].append(x[0].detach()))
+                 for name, module in norms.items()]
+        loss = 0
+        for call in calls[2 * n:2 * n + 2]:
+            terms = hamuco.train_step.__wrapped__(model, dict(call["batch"]), call["cfg"], call["epoch"], n)
+            (terms["loss"] / 2).backward()
+            loss += float(terms["loss"].detach()) / 2
+        for hook in hooks:
+            hook.remove()
+        peak, done = (1e-3, n / 2) if n < 2 else (1e-4, (n - 2) / 2)
+        rate = peak * (1 + math.cos(math.pi * done)) / 2
+        assert logged[n + 1]["lr"] == pytest.approx(rate, rel=1e-5, abs=1e-15)
+        assert logged[n + 1]["loss"] == pytest.approx(loss, rel=1e-4)
+        for name, p in model.named_parameters():
+            g = torch.zeros_like(p) if p.grad is None else p.grad
+            first[name] = 0.9 * first[name] + 0.1 * g
+            second[name] = 0.999 * second[name] + 0.001 * g * g
+            move = first[name] / (1 - 0.9 ** (n + 1)) / ((second[name] / (1 - 0.999 ** (n + 1))).sqrt() + 1e-8)
+            expected = p.detach() * (1 - rate * (0.3 if p.dim() > 1 else 0.0)) - rate * move
+            if p.grad is not None:
+                assert float((states[n + 1][name] - expected).abs().max()) < 1e-3 * rate + 1e-7, (n, name)
+            p.grad = None
+        for name in norms:
+            mean = sum(x.mean((0, 2, 3)) for x in inputs[name]) / 2
+            var = sum(x.transpose(0, 1).flatten(1).var(1) for x in inputs[name]) / 2
+            for key, value in (("running_mean", mean), ("running_var", var)):
+                expected = 0.9 * states[n][f"{name}.{key}"] + 0.1 * value
+                assert torch.allclose(states[n + 1][f"{name}.{key}"], expected, rtol=1e-5, atol=1e-6), (n, name, key)
+            assert int(states[n + 1][f"{name}.num_batches_tracked"]) == n + 1
+    assert torch.equal(torch.load(out / "finetune.pt", weights_only=True)["model"]["heads.0.0.weight"], states[4]["heads.0.0.weight"])
+
+
+def test_the_network_that_trains_is_the_one_that_init_began(command, tmp_path):
+    torch.manual_seed(99)
+    file = tmp_path / "encoder.pt"
+    torch.save({k: v + 1 if v.is_floating_point() else v for k, v in Tiny().state_dict().items()}, file)
+    given = torch.load(file, weights_only=True)
+    calls, out = command("--init", str(file), "--rounds", "2", "--batch-size", "8", "--micro-batch", "4")
+    assert len(calls) == 4 and all(call["training"] for call in calls)          # also after labels were predicted
+    for call in (calls[0], calls[2]):                                           # both rounds begin anew
+        for key, value in given.items():
+            assert torch.equal(call["state"]["backbone." + key], value), key
+        assert all(torch.equal(x, calls[0]["state"][key]) for key, x in call["state"].items())
+    assert not torch.equal(calls[0]["state"]["backbone.convs.0.weight"], final(out)["backbone.convs.0.weight"])
+    backbone = torch.load(out / "backbone.pt", weights_only=True)
+    assert all(torch.equal(x, final(out, "train-hamuco-2")["backbone." + key]) for key, x in backbone.items())
+
+
+def test_a_second_round_learns_what_the_first_predicts_of_each_moment(command):
+    calls, out = command("--rounds", "2")
+    model = HaMuCo(calls[0]["cfg"])
+    model.load_state_dict(final(out))
+    model.eval()
+    rows = eight()
+    with torch.no_grad():
+        uv = [model.predict({k: rows[k][r:r + 1] for k in ("image", "view_ok", "cameras")})["interaction"]["uv"][0] for r in range(8)]
+    assert [call["epoch"] for call in calls] == [0] * 8 and [call["step"] for call in calls] == [0, 0, 1, 1] * 2
+    for call in calls[4:]:
+        index = call["batch"]["index"]
+        expected = torch.stack([uv[r] for r in index.tolist()])
+        assert torch.allclose(call["batch"]["uv_label"], expected, atol=1e-2, equal_nan=True)
+        assert (call["batch"]["confidence"] == 1).all()
+        assert torch.equal(call["batch"]["image"], rows["image"][index])
+    assert not torch.allclose(calls[0]["batch"]["uv_label"], torch.stack([uv[r] for r in calls[0]["batch"]["index"].tolist()]), atol=1)
+
+
+def test_draws_differ_between_epochs_views_and_samples_and_agree_between_runs():
+    cfg, ok = config(epochs=2), torch.ones(2, V, dtype=torch.bool)
+    index = torch.tensor([3, 3 + 8])                                            # a sample, and its second time in an epoch
+    view = hamuco.draw_view(index, V, L, cfg, 0)
+    for name, x in view._asdict().items():
+        flat = x.flatten(0, 1)
+        assert len({tuple(row.flatten().tolist()) for row in flat}) == 2 * V, name
+        assert torch.equal(x, getattr(hamuco.draw_view(index, V, L, cfg, 0), name))
+        for other in (hamuco.draw_view(index, V, L, cfg, 1), hamuco.draw_view(index, V, L, dataclasses.replace(cfg, seed=6), 0)):
+            assert not (getattr(other, name) == x).flatten(2).all(-1).any() if x.dim() > 2 else not (getattr(other, name) == x).any()
+    keep = hamuco.draw_masks(index, ok, 16, cfg, 0).keep
+    again = [hamuco.draw_masks(index, ok, 16, *more).keep for more in ((cfg, 1), (dataclasses.replace(cfg, seed=6), 0))]
+    assert torch.equal(keep, hamuco.draw_masks(index, ok, 16, cfg, 0).keep)
+    sheets = [keep[layer, b, v] for layer in range(3) for b in range(2) for v in range(V)] + [x[0, 0, 0] for x in again]
+    for a, b in itertools.combinations(sheets, 2):                              # chance: 0.18 of the numbers differ
+        assert 0.05 < float((a != b).double().mean()) < 0.4
+    many, every = torch.arange(200), torch.ones(200, V, dtype=torch.bool)
+    late = [hamuco.draw_masks(many, every, 1, cfg, epoch) for epoch in (2, 2, 3)]
+    for part in ("see", "shared"):
+        x, same, other = (getattr(draws, part) for draws in late)
+        assert torch.equal(x, same) and not torch.equal(x, other) and not torch.equal(x[0], x[1])
+        assert not (x == x[:, :1]).all()
+    off_diagonal = late[0].see[0][:, 0, 1:].any(-1) != late[0].see[0][:, 1, [0, 2]].any(-1)
+    assert not off_diagonal.any()                                               # one number of views a call for all
+    assert not torch.equal(late[0].see[0][:, 0, 1], late[0].see[0][:, 1, 0])    # but each view draws whom
+
+
+# ---- Prediction ----
+
+
+@pytest.mark.parametrize("variant, data", [((), "synthetic"), (("single-view",), "synthetic"), (("no-dcvi",), "hanco")])
+def test_what_predict_feeds_and_answers_is_what_the_step_saw_and_scored(exact, monkeypatch, variant, data):
+    """Without augmentation and dropout, both in eval mode: the same crop, hands, places, fusion and units."""
+    cfg = config(augment=0.0, variant=variant, data=(data,), supervision="truth3d")
+    model, batch = trained(cfg).eval(), moments(0)
+    draw, seen = hamuco.draw_view, []
+    monkeypatch.setattr(hamuco, "draw_view", lambda *a: draw(*a)._replace(colour=torch.ones(2, V, 3)))
+    monkeypatch.setattr(hamuco, "draw_masks", lambda index, ok, *more: hamuco.quiet(ok))
+    for name in ("loss_2d", "loss_3d", "loss_d", "loss_cf"):
+        term = getattr(hamuco, name)
+        monkeypatch.setattr(hamuco, name, lambda *args, name=name, term=term: (seen.append((name, args)), term(*args))[1])
+    model.backbone.register_forward_hook(lambda _, x, y: seen.append(("crops", x)))
+    with torch.no_grad():
+        hamuco.train_step(model, batch, cfg, 1, 1)
+        step, seen[:] = list(seen), []
+        out = model.predict({key: batch[key] for key in model.USES})
+    (_, trained_on), (_, tested_on) = next(x for x in step if x[0] == "crops"), seen[0]
+    assert torch.allclose(trained_on[0], tested_on[0], atol=1e-9)
+    ok = batch["view_ok"]
+    names = [name for name in ("single", "interaction") if name in out]
+    assert set(out) == {*names, "fusion"} and len(names) == (1 if variant else 2)
+    flat, solid = ([args for name, args in step if name == loss] for loss in ("loss_2d", "loss_3d"))
+    for name, scored, placed in zip(names, flat, solid):
+        A = common.crop(torch.full((1, 2), (L - 1) / 2), torch.tensor([L * 1.25 / 2.2]), S)         # 1.25 x the hand's box
+        crop = common.transform(A, out[name]["uv"][ok])
+        assert torch.allclose((crop + 0.5) / S * 2 - 1, scored[0][ok], atol=1e-9)
+        assert torch.allclose(out[name]["joints"][ok] / 0.2, placed[0][ok], atol=1e-9)
+        true = batch["uv"][ok]                                     # a prediction at the truth would have no loss
+        known = true.isfinite().all(-1)
+        assert torch.allclose(((common.transform(A, true) + 0.5) / S * 2 - 1)[known], scored[1][ok][known], atol=1e-9)
+        assert (scored[2][ok] == known).all()
+        metres = batch["joints"] - batch["joints"][:, :, 9:10]
+        both = metres[ok].isfinite() & placed[1][ok].isfinite()
+        assert both.any() and torch.allclose(metres[ok][both] / 0.2, placed[1][ok][both], atol=1e-9)
+        assert out[name]["joints"][~ok].isnan().all() and out[name]["pose"].shape == (2, V, 16, 3, 3)
+        hand = own_hand(data)
+        verts, joints = hand(out[name]["pose"][ok], out[name]["shape"][ok])
+        joints = hand.regress(verts) if data == "hanco" else joints
+        assert torch.allclose(joints - joints[:, 9:10], out[name]["joints"][ok], atol=1e-9)
+        assert torch.allclose(verts - joints[:, 9:10], out[name]["verts"][ok], atol=1e-9)
+    if variant != ("single-view",):
+        aligned = next(args for name, args in step if name == "loss_cf")[0]
+        mean = (aligned * ok[:, None, :, None, None]).sum(2) / ok.sum(1)[:, None, None, None]
+        assert torch.allclose(0.2 * mean[..., 778:, :][ok], out["fusion"]["joints"][ok], atol=1e-9)
+        assert torch.allclose(0.2 * mean[..., :778, :][ok], out["fusion"]["verts"][ok], atol=1e-9)
