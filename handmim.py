@@ -949,6 +949,7 @@ def repeated(x: Tensor, times: int) -> Tensor:
     return x.repeat(times, *[1] * (x.ndim - 1))
 
 
+# twin: ti_net.py:masked
 def masked(loss: Tensor, on: Tensor) -> Tensor:
     """Mean of a loss (n, ...) where `on`, 0 where nothing is; NaN filled before, for gradients."""
     return torch.where(on, loss, 0).sum() / on.sum().clamp(min=1)
@@ -1141,6 +1142,7 @@ def parameters(module: nn.Module | None) -> float:
     return sum(p.numel() for p in module.parameters()) / 1e6 if module else 0.0
 
 
+# twin: ti_net.py:some
 def some(data: Source, n: int, device: torch.device) -> dict:
     """A batch of n samples, evenly spaced."""
     return next(batches(data, [torch.linspace(0, len(data) - 1, n).long()], device, 0))

@@ -838,3 +838,32 @@ def test_a_term_that_no_sample_has_a_label_for_is_zero():
     assert float(none.detach()) == 0 and float(handmim.masked(loss, torch.tensor([False, True])).detach()) == 5
     none.backward()
     assert loss.grad.tolist() == [0, 0]
+
+
+def test_the_sheets_show_what_the_steps_see(monkeypatch, tmp_path):
+    """Key points move with their pictures, hidden patches are grey, and only they are the decoder's."""
+    drawn, points = {}, []
+    monkeypatch.setattr(handmim, "sheet", lambda path, rows, **more: drawn.update({path.name: rows}))
+    monkeypatch.setattr(handmim, "draw_skeleton", lambda image, uv, **more: points.append(uv) or image)
+    samples = labelled(6, 9)
+    data, cfg, model = Few(samples), Config(**TINY), awake_model("handmim", ())
+    handmim.draw_recovered(tmp_path, model, data, cfg, CPU)
+    handmim.draw_pretraining(tmp_path, data, cfg, CPU, 4)
+    first, seen_first, second, seen_second = drawn["views.png"]
+    assert len(points) == 12
+    for i in range(6):
+        x, angle, gamma, shift = one_view(samples["image"][i], i, 0, 0, False, ())
+        y = one_view(samples["image"][i], i, 1, 0, False, ())[0]
+        true, other = ((z * STD + MEAN).clamp(0, 1) for z in (x, y))
+        on = one_mask(i, 0, 0, False, ()).view(4, 4).repeat_interleave(8, 0).repeat_interleave(8, 1)
+        whole, seen, recovered = (row[i] for row in drawn["recovered.png"])
+        for found, expected in ((whole, true), (first[i], true), (second[i], other), (seen[:, ~on], true[:, ~on]),
+                                (seen_first[i][:, ~on], true[:, ~on]), (recovered[:, ~on], true[:, ~on])):
+            close(found, expected, "sheet", 1e-4)
+        assert (seen[:, on] == 0.5).all() and (recovered[:, on] != 0.5).any()
+        assert not torch.allclose(recovered[:, on], true[:, on], atol=0.01)
+        source = (samples["uv"][i] - 23.5) / (48 * 1.2 / 1.7)              # from the square's centre, in its sides
+        moved = (gamma * source - shift) @ turned(angle).mT                # Eq. 3
+        close(points[i], 15.5 + 32 * moved, "key points")
+    handmim.draw_crops(tmp_path, data, cfg, CPU)
+    assert len(points) == 20 and [len(row) for row in drawn["views.png"]] == [4, 4]

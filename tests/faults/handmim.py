@@ -29,7 +29,7 @@ FAULTS = [
     ("handmim.py", "* (u[:, :1] < 0.8)", "* (u[:, :1] < 1.8)", STEP, "pretraining_step and how0"),
     ("handmim.py", "u[:, 6] < (1.0, 0.1)[number]", "u[:, 6] < (0.1, 1.0)[number]", PIECES, "second_view"),
     ("handmim.py", "u[:, 8] < (0.0, 0.2)[number]", "u[:, 8] < 0.2", PIECES, "second_view"),
-    ("handmim.py", "u = uniform(index, 9, cfg.seed, \"handmim colour\", epoch, number)", "u = uniform(index, 9, cfg.seed, \"handmim colour\", epoch)", STEP, "draws_are_new"),
+    ("handmim.py", "u = uniform(index, 9, cfg.seed, \"handmim colour\", epoch, number)", "u = uniform(index, 9, cfg.seed, \"handmim colour\", epoch)", STEP, "pretraining_step and how0"),
     ("handmim.py", "pictures = [colour(x, index, k, cfg, epoch) for", "pictures = [colour(x, index, 0, cfg, epoch) for", STEP, "pretraining_step and how0"),
     ("handmim.py", "masks = [draw_mask(index, k, grid, cfg, epoch) for", "masks = [draw_mask(index, 0, grid, cfg, epoch) for", STEP, "pretraining_step and how0"),
     ("handmim.py", "return normalise(255 * torch.stack(pictures, 1)), view", "return 2 * torch.stack(pictures, 1) - 1, view", STEP, "pretraining_step and how0"),
