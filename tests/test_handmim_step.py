@@ -362,6 +362,7 @@ def watch(monkeypatch, step_name, stop):
     def noted(run, terms, epoch, lr, may_save):
         assert all(p.grad is None for p in run.model.parameters()), "gradients of this step go into the next"
         assert lasts[-2:] == [False, True] and len(lasts) == 2 * (run.step + 1)
+        assert may_save == (run.step % 2 == 0), "the end of an epoch saves by itself"
         after.append({k: v.clone() for k, v in run.model.state_dict().items()})
         rates.append(lr)
         logged.append({k: float(v) for k, v in terms.items()})
@@ -394,6 +395,7 @@ def test_pretraining_loop_is_adamw_ema_and_centres_by_hand(monkeypatch, tmp_path
     """Five steps of 20: warm-up over 3, prototypes still for 2, a probe after 4, gradients clipped."""
     monkeypatch.chdir(tmp_path)
     init = first_weights("init.pt")
+    monkeypatch.setattr(handmim, "cut_photos", lambda spec, root, cache, margin: f"{spec}:{margin}{root}")
     data, opened = Few({"image": pictures(8)}), []
     monkeypatch.setattr(handmim, "open_data", lambda cfg, *given, **more: opened.append((*given, more)) or data)
     monkeypatch.setattr(handmim, "draw_pretraining", lambda *given: None)
@@ -406,7 +408,7 @@ def test_pretraining_loop_is_adamw_ema_and_centres_by_hand(monkeypatch, tmp_path
                       "--weight-decay", "4.0", "--teacher-momentum", "0.5", "--probe-every", "2", "--drop-path", "0.5",
                       "--prototypes", "12", "--head-hidden", "8", "--decoder-width", "2", "--init", "init.pt"])
     assert modes == [{True}] * 10 and len(probed) == 1
-    assert opened == [(("synthetic",), "train", 48, 1.7, CPU, {})]          # 1.5 x 32 px, 1.2 x sqrt(2) boxes
+    assert opened == [(("synthetic:1.7",), "train", 48, 1.7, CPU, {})]          # 1.5 x 32 px, 1.2 x sqrt(2) boxes
     epochs = [json.loads(line) for line in Path("run/pretrain-handmim/log.jsonl").read_text().splitlines() if "loss" not in line][1:]
     assert epochs == [{"epoch": 1}, {"epoch": 2, "probe_mpjpe_mm": 1.0}]
 
@@ -867,3 +869,39 @@ def test_the_sheets_show_what_the_steps_see(monkeypatch, tmp_path):
         close(points[i], 15.5 + 32 * moved, "key points")
     handmim.draw_crops(tmp_path, data, cfg, CPU)
     assert len(points) == 20 and [len(row) for row in drawn["views.png"]] == [4, 4]
+
+
+def test_a_run_of_no_epochs_keeps_what_it_was_given(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    init, kept = first_weights("init.pt"), []
+    monkeypatch.setattr(handmim, "open_data", lambda *given, **more: Few(labelled(4, 4)))
+    monkeypatch.setattr(handmim, "draw_pretraining", lambda *given: None)
+    monkeypatch.setattr(handmim, "draw_recovered", lambda *given: None)
+    monkeypatch.setattr(handmim, "draw_crops", lambda *given: None)
+    monkeypatch.setattr(handmim, "keep_best", lambda run, epoch, *given: kept.append(epoch))
+    monkeypatch.setattr(handmim, "mean_hand", lambda data: {
+        "pose": torch.zeros(48), "shape": torch.zeros(10), "uv": torch.zeros(21, 2), "labels": 4})
+    for folder in ("pretrain-handmim", "finetune-x"):
+        Path(folder).mkdir()
+    cfg = Config(**TINY, epochs=0, init="init.pt", mano="builtin")
+    handmim.pretrain(cfg, Path(), CPU, "other.pt")
+    written = torch.load("other.pt", weights_only=True)
+    assert all(torch.equal(written[k], v) for k, v in init.items()) and not Path("backbone.pt").exists()
+    handmim.finetune(Config(**TINY, epochs=0, finetune="synthetic", mano="builtin"), Path(), "x", CPU)
+    assert kept == [-1]                                     # judged as it is
+    weights = torch.load("finetune-x/last.pt", weights_only=True)["model"]
+    assert weights["start"][106:].tolist() == [0, 0, 0]     # key points of no sample: the crop's middle
+    assert Path("pretrain-handmim/last.pt").exists()
+
+
+def test_first_weights_are_ibot_s_and_the_teacher_s_are_the_student_s():
+    """Linear layers of deviation 0.02 and bias 0, unit prototypes, no masked token yet."""
+    torch.manual_seed(0)
+    model = HandMIM(Config(**TINY | dict(head_hidden=400)))
+    teacher = dict(model.teacher.named_parameters())
+    assert all(torch.equal(p, teacher[n]) and not teacher[n].requires_grad for n, p in model.student.named_parameters())
+    head = model.student.head
+    assert [float(layer.weight.detach().std()) for layer in head.mlp[::2]] == pytest.approx([0.02] * 3, rel=0.03)
+    assert all((layer.bias == 0).all() for layer in head.mlp[::2]) and (head.last_layer.weight_g == 1).all()
+    assert float(head.last_layer.weight_v.abs().max()) == pytest.approx(1 / 16, rel=0.01)
+    assert (model.masked_embed == 0).all() and (model.centre == 0).all() and (model.centre_patch == 0).all()
