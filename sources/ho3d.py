@@ -51,8 +51,9 @@ def index_ho3d(root: str | Path, split: str = "train", mano: dict | None = None,
     are tight around the joints; the evaluation has its own. There only the wrist is annotated,
     column root (N, 3) m; joints and verts come from evaluation_xyz.json and _verts.json, if they
     lie in the folder (released in November 2024), else they are NaN. Rows keep the order of the
-    list and of pred.json, image_id is the place in it. No validation split. Labels are pickles, read
-    without running them. Left out and counted: frames without picture or label, broken and empty labels.
+    list and of pred.json, image_id is the place in it. No validation split. Labels are pickles,
+    read without running them. Left out and counted: frames without picture or label, broken and
+    empty labels.
     UserError: a missing list, a label that asks for code, truth that belongs to other frames.
     """
     root = data_folder(root, "ho3d")

@@ -33,8 +33,7 @@ import peclr
 import ti_net
 from common import MANO_TO_OURS, Mano, UserError, axis_angle_to_matrix, save_checkpoint
 from hand.builtin import builtin_hand
-from test_data import write_interhand
-from test_data_more import evaluation_label, person, write_coco, write_freihand, write_ho3d
+from trees import evaluation_label, person, write_coco, write_freihand, write_ho3d, write_interhand
 from test_eval import means, truth
 
 TINY = dict(backbone="resnet10", image_size=32)

@@ -1,5 +1,5 @@
 """HaMuCo: network parts, alignment, losses and triangulation against golden arrays and formulas; views
-that are missing, repeated or permuted; readers on trees typed from their layouts; the command line."""
+that are missing, repeated or permuted; the command line."""
 import dataclasses
 import itertools
 import json
@@ -11,25 +11,17 @@ import torch
 from PIL import Image
 
 import common
-import sources
 from hand.builtin import builtin_hand
-from sources import open_data
 from sources.freihand import index_freihand
 from sources.index import Index
-from sources.files import hand_labels
 from sources.hands import Hands
-from sources.hands import Views
-from sources.pictures import _hand_detector
 from sources.synthetic import LENGTH
 from sources.synthetic import Synthetic
+from trees import rig_tree
 import hamuco
 from common import UserError, axis_angle_to_matrix, matrix_to_axis_angle, score, six_d_to_matrix
 from sources.judging import only_made
 from sources.predictors import as_pictures, outputs
-from sources import Rig
-from sources.cameras import index_cameras
-from sources.hanco import index_hanco
-from sources.pictures import undistort, undistort_picture
 from hamuco import (
     JOINTS, Attention, Config, Draws, Graph, HaMuCo, Heads, Interaction, View, align, best_rotation,
     coordinates, draw_masks, fuse, loss_2d, loss_c2d, loss_cf, loss_d, lr_at, opt_center, projections, quiet,
@@ -940,218 +932,7 @@ def test_placed_hands_are_in_camera_frames():
         near(hand["uv"].float(), batch["uv"], 1e-2)
 
 
-# ---- Readers
-
-
-def hanco_tree(root, g, sequence="0003", missing=(), folder="rgb"):
-    """One frame in the official layout, from eight cameras' arrays; labels as HaMuCo released them."""
-    write = lambda path, content: (path.parent.mkdir(parents=True, exist_ok=True), path.write_text(json.dumps(content)))
-    write(root / "calib" / sequence / "00000000.json", {"K": g("tri/K").tolist(), "M": g("tri/M_w2c").tolist()})
-    write(root / "xyz" / sequence / "00000000.json", g("tri/X_true").tolist())
-    write(root / "shape" / sequence / "00000000.json", {"poses": [[0.1] * 48], "shapes": [[0.2] * 10],
-                                                        "global_t": [[[0.01, 0.02, 0.5]]]})
-    for c in range(8):
-        if c not in missing:
-            file = root / folder / sequence / f"cam{c}" / "00000000.jpg"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (224, 224), (30 * c, 80, 80)).save(file)
-            write(root / "rgb_2d_keypoints" / sequence / f"cam{c}" / "00000000.json",
-                  [g("tri/uv_noisy")[c].flatten().tolist(), g("tri/conf_VJ")[c][:, None].tolist()])
-    return root
-
-
-def test_hanco_reads_what_the_authors_loader_reads(g, tmp_path):
-    index = index_hanco(hanco_tree(tmp_path, g))
-    order = g("loader/test/view_order").long()
-    joints = torch.tensor(index.columns["joints"])[order]
-    near((joints - joints[:, 9:10]) / 0.2, g("loader/test/mesh_pose_xyz_joints"), 1e-4)
-    crop = lambda uv: (256 / 130 * (torch.tensor(uv)[order] - 112) + 128) / 128 - 1    # their test crop
-    near(crop(index.columns["uv_label"]), g("loader/test/mesh_pose_uvd_joints")[..., :2], 1e-4)
-    near(crop(index.columns["uv"])[..., 0], g("loader/test/mesh_pose_uvd_gt_joints")[..., 0], 1e-4)    # fx twice, theirs
-    near(torch.tensor(index.columns["confidence"])[order], g("loader/test/confidence")[..., 0], 1e-6)
-    assert "8 pictures with 2D labels, 8 with joints" in index.summary()
-
-
-def test_hanco_moments_keep_their_cameras_when_a_picture_is_missing(g, tmp_path):
-    hanco_tree(tmp_path, g, missing=(2, 5))
-    hanco_tree(tmp_path, g, "0004")
-    cfg = Config(data=("hanco",), root=str(tmp_path), cache=str(tmp_path / "cache"), mano="builtin")
-    data = open_data(cfg, cfg.data, "train", 64, 2.2, torch.device("cpu"), rig=Rig(8))
-    assert len(data) == 2 and data[0]["view_ok"].tolist() == [True, True, False, True, True, False, True, True]
-    batch = next(sources.batches(data, [torch.tensor([1, 0])], torch.device("cpu"), 0))
-    assert batch["image"].shape == (2, 8, 3, 64, 64) and batch["cameras"].shape == (2, 8, 4, 4)
-    near(batch["cameras"][0].double(), g("tri/M_w2c"), 1e-6)
-    assert batch["image"][1, 2].max() == 0 and batch["joints"][1, 2].isnan().all()
-    assert batch["has"]["cameras"].all() and batch["confidence"].isfinite().all()
-    assert open_data(cfg, cfg.data, "train", 64, 2.2, torch.device("cpu"), rig=Rig(3))[0]["K"].shape == (3, 3, 3)
-    # the crop at 2.2 x 104 px: a point of the picture goes where `crop` and K say
-    point = hamuco.project_views(batch["joints"], batch["K"])
-    near(point[0], batch["uv"][0], 1e-2)
-    targets = data.targets(torch.tensor([1, 0]))
-    near(targets["joints"][0], batch["joints"][0], 1e-6)
-
-
-def test_hanco_splits_by_sequence_and_tests_on_merged_pictures(g, tmp_path):
-    hanco_tree(tmp_path, g, "1199")
-    hanco_tree(tmp_path, g, "1200", folder="rgb_merged")
-    assert index_hanco(tmp_path, "train").path(0) == "rgb/1199/cam0/00000000.jpg"
-    assert index_hanco(tmp_path, "test").path(0) == "rgb_merged/1200/cam0/00000000.jpg"
-    with pytest.raises(UserError, match="not one of 1 frames has a picture in .*rgb"):
-        index_hanco(tmp_path, "test", "rgb")
-    with pytest.raises(UserError, match="hanco has the parts rgb, rgb_merged"):
-        index_hanco(tmp_path, "test", "grey")
-    with pytest.raises(UserError, match="must hold the folders of the sequences"):
-        index_hanco(tmp_path / "xyz", "test")
-
-
-def test_hanco_poses_are_turned_into_the_camera(g, tmp_path):
-    hand = builtin_hand()
-    index = index_hanco(hanco_tree(tmp_path, g), mano={"right": hand})
-    mano = common.Mano(hand, dtype=EXACT)
-    posed = lambda pose, trans: mano(axis_angle_to_matrix(torch.tensor(pose).double().view(1, 16, 3)),
-                                     torch.full((1, 10), 0.2, dtype=EXACT), torch.tensor(trans).double()[None])[0][0]
-    mean = torch.tensor(hand["hands_mean"])
-    world = posed(np.concatenate([np.full(3, 0.1), 0.1 + mean.numpy()]), np.array([0.01, 0.02, 0.5]))
-    for c in (0, 3):
-        M = g("tri/M_w2c")[c]
-        found = posed(index.columns["pose"][c], index.columns["trans"][c])
-        near(found, world @ M[:3, :3].T + M[:3, 3], 1e-5)
-
-
-def test_labels_are_read_in_both_layouts(tmp_path):
-    file = tmp_path / "a.json"
-    points = [[float(k), float(2 * k)] for k in range(21)]
-    for content in ([points, [[0.5]] * 21], {"people": [
-            {"hand_right_keypoints_2d": [0.0] * 63},
-            {"hand_right_keypoints_2d": [x for u, v in points for x in (u, v, 0.5)]}]}):
-        file.write_text(json.dumps(content))
-        uv, sure = hand_labels(file)
-        assert (uv == points).all() and (sure == 0.5).all()
-    file.write_text(json.dumps({"people": []}))
-    assert np.isnan(hand_labels(file)[0]).all() and not hand_labels(file)[1].any()
-    file.write_text(json.dumps([points[:5], [0.5] * 5]))
-    with pytest.raises(UserError, match="a.json: neither"):
-        hand_labels(file)
-
-
-DIST = [-0.2, 0.1, 0.002, -0.001, 0.02]
-
-
-def rig_tree(root, unit=None, side="right", labels=True, moving=False, frames=10):
-    """Two cameras 90 degrees apart, a point cloud as labels, distorted as OpenCV's formula says."""
-    R = [np.eye(3), np.array([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]])]
-    K = np.array([[300.0, 0, 150], [0, 310, 120], [0, 0, 1]])
-    X = 0.4 * np.random.default_rng(0).uniform(-1, 1, (frames, 21, 3))
-    rig = {} if unit is None else {"unit_m": unit}
-    rig |= {} if side == "right" else {"side": side}
-    for c in range(2):
-        rig[f"cam{c}"] = {"K": K.tolist(), "dist": DIST, "R": R[c].tolist(), "t": [0, 0, 3.0]}
-        if moving and c:
-            rig["cam1"]["frames"] = {"0002": {"R": R[c].tolist(), "t": [0, 0, 4.0]}}
-        for f in range(frames):
-            x = X[f] @ R[c].T + [0, 0, 3.0]
-            a, b = x[:, 0] / x[:, 2], x[:, 1] / x[:, 2]
-            r = a * a + b * b
-            k = 1 - 0.2 * r + 0.1 * r * r + 0.02 * r ** 3
-            u = 300 * (a * k + 2 * 0.002 * a * b - 0.001 * (r + 2 * a * a)) + 150
-            v = 310 * (b * k + 0.002 * (r + 2 * b * b) - 2 * 0.001 * a * b) + 120
-            if f == 4 and c == 1:
-                continue
-            for folder, name in (("frames", "jpg"), ("labels", "json")):
-                (root / folder / f"cam{c}").mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (300, 240), (9, 9, 9)).save(root / "frames" / f"cam{c}" / f"{f:04d}.jpg")
-            if labels:
-                text = json.dumps([np.stack([u, v], 1).tolist(), [0.9] * 21])
-                (root / "labels" / f"cam{c}" / f"{f:04d}.json").write_text(text)
-    (root / "cameras.json").write_text(json.dumps(rig))
-    return X
-
-
-def open_tree(root, split="all", views=2):
-    index = index_cameras(root, split)
-    return Views(Hands(index, 64, 2.2), views)
-
-
-@pytest.mark.parametrize("unit", [None, 0.04])
-def test_any_rig_triangulates_its_undistorted_labels(tmp_path, unit):
-    X = rig_tree(tmp_path, unit)
-    data = open_tree(tmp_path)
-    batch = next(sources.batches(data, [torch.arange(4)], torch.device("cpu"), 0))
-    uv = batch["uv_label"].transpose(1, 2)
-    found = triangulate(uv, projections(batch["K"], batch["cameras"])[:, None])
-    near(found, torch.tensor(X[:4] * (unit or 1)), 1e-4)
-    assert bool(batch["scale"].isnan().all()) == (unit is None)
-    assert ("not metres" in data.hands.index.summary()) == (unit is None)
-    assert batch["uv"].isnan().all() and batch["joints"].isnan().all()
-    assert data[4]["view_ok"].tolist() == [True, False] and data[4]["cameras"][1].isnan().all()
-
-
-def test_rig_splits_in_time_and_cameras_may_move(tmp_path):
-    rig_tree(tmp_path, moving=True)
-    assert [len(open_tree(tmp_path, split)) for split in ("train", "test", "all")] == [8, 2, 10]
-    M = open_tree(tmp_path)[2]["cameras"]
-    assert M[1, 2, 3] == 4 and M[0, 2, 3] == 3 and open_tree(tmp_path)[1]["cameras"][1, 2, 3] == 3
-
-
-def test_left_hands_are_mirrored_with_their_cameras(tmp_path):
-    X = rig_tree(tmp_path, side="left")
-    batch = next(sources.batches(open_tree(tmp_path), [torch.arange(2)], torch.device("cpu"), 0))
-    found = triangulate(batch["uv_label"].transpose(1, 2), projections(batch["K"], batch["cameras"])[:, None])
-    near(found, torch.tensor(X[:2] * [-1, 1, 1]), 1e-4)
-    near(batch["cameras"][..., :3, :3].det(), torch.ones(2, 2), 1e-5)
-
-
-def test_undistorted_pictures_and_points_agree():
-    K, dist = np.array([[300.0, 0, 150], [0, 310, 120], [0, 0, 1]]), np.array(DIST)
-    spots = np.array([[40.0, 60], [240, 180], [150, 30]])
-    picture = np.zeros((240, 300, 3), np.uint8)
-    yy, xx = np.mgrid[:240, :300]
-    for x, y in spots:
-        picture += (255 * np.exp(-((xx - x) ** 2 + (yy - y) ** 2) / 8))[..., None].astype(np.uint8)
-    flat, moved = undistort_picture(picture, K, dist)[..., 0].astype(float), undistort(spots, K, dist)
-    assert np.abs(moved - spots).max() > 1
-    for x, y in moved:
-        near_it = (np.abs(xx - x) < 7) & (np.abs(yy - y) < 7)
-        w = flat * near_it
-        assert abs((w * xx).sum() / w.sum() - x) < 0.1 and abs((w * yy).sum() / w.sum() - y) < 0.1
-
-
-@pytest.mark.parametrize("change, said", [
-    (lambda rig: rig["cam0"].pop("K"), "must give each camera K"),
-    (lambda rig: rig["cam0"].update(R=[[1, 0, 0], [0, 1, 0], [0, 0, -1]]), "R is no rotation"),
-    (lambda rig: rig["cam0"].update(dist=[0] * 12), "fisheye"),
-    (lambda rig: rig.update(unit_m=-1), "unit_m above 0"),
-    (lambda rig: rig.update(side="both"), "side must be left or right")])
-def test_a_wrong_cameras_json_is_named(tmp_path, change, said):
-    rig_tree(tmp_path, frames=2)
-    rig = json.loads((tmp_path / "cameras.json").read_text())
-    change(rig)
-    (tmp_path / "cameras.json").write_text(json.dumps(rig))
-    with pytest.raises(UserError, match=said):
-        index_cameras(tmp_path)
-
-
-def test_a_rig_without_labels_and_without_mediapipe_is_refused(tmp_path, monkeypatch):
-    import shutil
-    import sys
-    rig_tree(tmp_path, frames=2)
-    shutil.rmtree(tmp_path / "labels")
-    monkeypatch.setitem(sys.modules, "mediapipe.python.solutions.hands", None)
-    _hand_detector.cache_clear()
-    with pytest.raises(UserError, match="needs MediaPipe"):
-        index_cameras(tmp_path)
-
-
-def test_a_rig_without_labels_takes_the_surest_hand_of_its_side(tmp_path, monkeypatch):
-    import shutil
-    rig_tree(tmp_path, frames=2)
-    shutil.rmtree(tmp_path / "labels")
-    hand = lambda side, confidence, x: {"side": side, "confidence": confidence, "uv": np.full((21, 2), x) + np.arange(21)[:, None]}
-    monkeypatch.setattr("sources.cameras.detect_hands", lambda picture: [hand("left", 0.9, 5.0), hand("right", 0.5, 9.0)])
-    columns = index_cameras(tmp_path, "all").columns
-    assert np.allclose(columns["confidence"], 0.5)
-    monkeypatch.setattr("sources.cameras.detect_hands", lambda picture: [hand("left", 0.9, 5.0), hand("right", 0.4, 9.0)])
-    assert np.allclose(index_cameras(tmp_path, "all").columns["confidence"], 0.45)          # the other side's counts half
+# ---- Labels
 
 
 def test_label_noise_is_that_of_a_detector_on_the_network_s_crop():

@@ -1,0 +1,56 @@
+"""What readers share: the cache, files of labels."""
+import json
+
+import numpy as np
+import pytest
+
+from common import UserError
+from sources.files import hand_labels
+from sources.folder import index_folder
+from sources.interhand import index_interhand
+from trees import LABEL, label_folder, write_interhand
+
+
+def test_cached_index_equals_a_fresh_one_and_notices_changes(tmp_path, monkeypatch):
+    root = label_folder(tmp_path / "data", LABEL)
+    fresh = index_folder(root, cache=tmp_path / "cache")
+    monkeypatch.setattr("sources.files.check_images", lambda paths: pytest.fail("was read again"))
+    again = index_folder(root, cache=tmp_path / "cache")
+    assert vars(again).keys() == vars(fresh).keys() and again.summary() == fresh.summary()
+    for key, column in fresh.columns.items():
+        assert np.array_equal(again.columns[key], column, equal_nan=column.dtype.kind == "f"), key
+    monkeypatch.undo()
+    label_folder(root, LABEL, LABEL)
+    assert len(index_folder(root, cache=tmp_path / "cache")) == 2
+    for file in (tmp_path / "cache").iterdir():
+        file.write_bytes(file.read_bytes()[:100])                 # a damaged cache is rebuilt
+    assert len(index_folder(root, cache=tmp_path / "cache")) == 2
+
+
+def test_pictures_that_come_or_go_after_caching_are_noticed(tmp_path):
+    write_interhand(tmp_path)
+    ids = lambda: index_interhand(tmp_path, "test", cache=tmp_path / "cache").columns["id"].tolist()
+    assert len(ids()) == 4
+    for number in (101, 100, 102):
+        file = tmp_path / f"images/test/Capture3/0390_x/cam400026/image{number}.jpg"
+        file.rename(tmp_path / file.name)
+        if number == 101:
+            assert ids() == ["20-right", "20-left", "22-left"]
+    with pytest.raises(UserError, match="not one of the pictures"):
+        ids()
+
+
+def test_labels_are_read_in_both_layouts(tmp_path):
+    file = tmp_path / "a.json"
+    points = [[float(k), float(2 * k)] for k in range(21)]
+    for content in ([points, [[0.5]] * 21], {"people": [
+            {"hand_right_keypoints_2d": [0.0] * 63},
+            {"hand_right_keypoints_2d": [x for u, v in points for x in (u, v, 0.5)]}]}):
+        file.write_text(json.dumps(content))
+        uv, sure = hand_labels(file)
+        assert (uv == points).all() and (sure == 0.5).all()
+    file.write_text(json.dumps({"people": []}))
+    assert np.isnan(hand_labels(file)[0]).all() and not hand_labels(file)[1].any()
+    file.write_text(json.dumps([points[:5], [0.5] * 5]))
+    with pytest.raises(UserError, match="a.json: neither"):
+        hand_labels(file)

@@ -1,0 +1,87 @@
+"""Picture files: every mode, rotation, broken ones, lens distortion."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common import UserError
+from sources.folder import index_folder
+from sources.hands import Hands
+from sources.pictures import check_images, read_image, undistort, undistort_picture
+from trees import DIST, KEYS, noise, one, save
+
+
+def test_pictures_of_every_mode_become_rgb(tmp_path):
+    grey = np.array([[0, 100, 255]], np.uint8)
+    save(tmp_path / "grey.png", grey)
+    assert read_image(tmp_path / "grey.png").tolist() == [[[0] * 3, [100] * 3, [255] * 3]]
+    sixteen = save(tmp_path / "16.png", np.array([[0, 25700, 65535]], np.uint16))
+    assert read_image(sixteen)[0, :, 0].tolist() == [0, 100, 255]
+    clear = np.array([[[200, 10, 10, 255], [200, 10, 10, 0], [255, 0, 0, 51]]], np.uint8)
+    assert read_image(save(tmp_path / "alpha.png", clear)).tolist() == [
+        [[200, 10, 10], [128, 128, 128], [153, 102, 102]]]        # 0.2 x colour + 0.8 x 128
+    palette = Image.fromarray(np.array([[[0, 255, 0], [0, 0, 255]]], np.uint8)).convert("P")
+    palette.save(tmp_path / "palette.png")
+    assert read_image(tmp_path / "palette.png").tolist() == [[[0, 255, 0], [0, 0, 255]]]
+    palette.save(tmp_path / "hole.png", transparency=palette.getpixel((0, 0)))
+    assert read_image(tmp_path / "hole.png").tolist() == [[[128, 128, 128], [0, 0, 255]]]
+    Image.new("CMYK", (8, 8), (255, 0, 0, 0)).save(tmp_path / "cmyk.jpg")
+    assert np.abs(read_image(tmp_path / "cmyk.jpg")[4, 4].astype(int) - [0, 255, 255]).max() <= 3
+    Image.new("1", (2, 1), 1).save(tmp_path / "bit.png")
+    assert read_image(tmp_path / "bit.png").tolist() == [[[255] * 3] * 2]
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    picture, exif = np.zeros((16, 32, 3), np.uint8), Image.Exif()
+    picture[:, :16] = 255                                         # left half white
+    exif[0x0112] = 6                                             # shown turned 90 degrees clockwise
+    seen = read_image(save(tmp_path / "turned.jpg", picture, exif=exif, quality=95))
+    assert seen.shape == (32, 16, 3) and seen[4].mean() > 250 and seen[28].mean() < 5
+
+
+@pytest.mark.parametrize("full_check", [20_000, 0])
+def test_broken_pictures_are_found_named_and_left_out(tmp_path, monkeypatch, full_check):
+    monkeypatch.setattr("sources.pictures.FULL_CHECK", full_check)
+    good = save(tmp_path / "a" / "good.jpg", noise(90, 120))
+    save(tmp_path / "a" / "odd.JPEG", noise(9, 9), format="PNG")   # as one of ImageNet's is
+    (tmp_path / "a" / "tail.jpg").write_bytes(good.read_bytes() + b"\0\0\0")
+    (tmp_path / "a" / "cut.jpg").write_bytes(good.read_bytes()[:-700])
+    (tmp_path / "a" / "empty.jpg").write_bytes(b"")
+    (tmp_path / "a" / "text.png").write_text("no picture")
+    whole = save(tmp_path / "a" / "whole.png", noise(40, 40)).read_bytes()
+    (tmp_path / "a" / "flipped.png").write_bytes(whole[:2000] + b"\1\2\3\4" + whole[2004:])
+    index = index_folder(tmp_path)
+    assert [index.id(i) for i in range(len(index))] == [
+        "a/good.jpg", "a/odd.JPEG", "a/tail.jpg", "a/whole.png"]
+    assert index.dropped == {"unreadable pictures": 4}
+    for name in ("a/cut.jpg", "a/empty.jpg", "a/text.png", "a/flipped.png"):
+        assert name in index.summary()
+        with pytest.raises(UserError, match=name):
+            read_image(tmp_path / name)
+    assert check_images([str(good), str(tmp_path / "a" / "cut.jpg")]).tolist() == [True, False]
+
+
+def test_a_picture_that_breaks_later_is_black_named_and_unlabelled(tmp_path, capsys):
+    index = one(tmp_path, noise(40, 40), joints=np.ones((21, 3)), box=[1, 1, 20, 20])
+    (tmp_path / "one.png").write_bytes(b"gone bad")
+    sample = Hands(index, 16, 1.0)[0]
+    assert set(sample) == KEYS and sample["image"].sum() == 0 and not any(sample["has"].values())
+    assert sample["joints"].isnan().all() and "one.png" in capsys.readouterr().err
+    (tmp_path / "one.png").unlink()
+    with pytest.raises(UserError, match="one.png"):
+        Hands(index, 16, 1.0)[0]
+
+
+def test_undistorted_pictures_and_points_agree():
+    K, dist = np.array([[300.0, 0, 150], [0, 310, 120], [0, 0, 1]]), np.array(DIST)
+    spots = np.array([[40.0, 60], [240, 180], [150, 30]])
+    picture = np.zeros((240, 300, 3), np.uint8)
+    yy, xx = np.mgrid[:240, :300]
+    for x, y in spots:
+        picture += (255 * np.exp(-((xx - x) ** 2 + (yy - y) ** 2) / 8))[..., None].astype(np.uint8)
+    flat, moved = undistort_picture(picture, K, dist)[..., 0].astype(float), undistort(spots, K, dist)
+    assert np.abs(moved - spots).max() > 1
+    for x, y in moved:
+        near_it = (np.abs(xx - x) < 7) & (np.abs(yy - y) < 7)
+        w = flat * near_it
+        assert abs((w * xx).sum() / w.sum() - x) < 0.1 and abs((w * yy).sum() / w.sum() - y) < 0.1
