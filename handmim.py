@@ -660,6 +660,13 @@ def draw_colour(index: Tensor, cfg: Config, epoch: int) -> Tensor:
     return torch.tensor([1.0, 1, 1, 0], device=u.device) + u * u.new_tensor([0.2, 0.2, 0.2, 0.05])
 
 
+def make_crops(batch: dict, cfg: Config, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch -> its crops (B, 3, S, S) in 0..1, stored to crop px (B, 3, 3), turned by (B,) rad."""
+    A, angle = draw_crop(batch["index"], batch["image"].shape[-1], cfg, epoch)
+    factors = draw_colour(batch["index"], cfg, epoch)
+    return jitter_colour(warp(batch["image"], A, cfg.image_size) / 255, factors), A, angle
+
+
 def crop_intrinsics(A: Tensor, K: Tensor, angle: Tensor) -> Tensor:
     """K of a crop whose 3D turns with it: (B, 3, 3) twice, (B,) rad -> A K Rz^-1, exact."""
     return A @ K @ invert(rotation(angle, 1))
@@ -921,9 +928,7 @@ def update_centre(centre: Tensor, mean: Tensor) -> None:
 def finetune_step(net: nn.Module, batch: dict, cfg: Config, epoch: int) -> dict[str, Tensor]:
     """Eq. 11 and 12 for one micro-batch, over all three outputs (11, 13)."""
     model = unwrapped(net)
-    A, angle = draw_crop(batch["index"], batch["image"].shape[-1], cfg, epoch)
-    factors = draw_colour(batch["index"], cfg, epoch)
-    crops = jitter_colour(warp(batch["image"], A, cfg.image_size) / 255, factors)
+    crops, A, angle = make_crops(batch, cfg, epoch)
     K = crop_intrinsics(A, view_intrinsics(batch), angle)
     with autocast(crops.device):
         states = net(normalise(255 * crops), K)                                 # (3, B, 109)
@@ -1189,9 +1194,7 @@ def draw_recovered(folder: Path, model: HandMIM, data: Source, cfg: Config,
 def draw_crops(folder: Path, data: Source, cfg: Config, device: torch.device) -> None:
     """views.png of fine-tuning: eight augmented crops with their key points."""
     batch = some(data, 8, device)
-    A, _ = draw_crop(batch["index"], batch["image"].shape[-1], cfg, 0)
-    crops = jitter_colour(warp(batch["image"], A, cfg.image_size) / 255,
-                          draw_colour(batch["index"], cfg, 0))
+    crops, A, _ = make_crops(batch, cfg, 0)
     drawn = [draw_skeleton(x, uv, width=160) for x, uv in zip(crops, transform(A, batch["uv"]))]
     sheet(folder / "views.png", [drawn[:4], drawn[4:]])
 
