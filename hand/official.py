@@ -21,7 +21,8 @@ MANO_MAX_BYTES = 1 << 27                          # official files are below 10 
 
 # The official file is a Python 2 pickle that names seven classes, among them chumpy's and scipy's.
 # Each name below, with the spellings of later NumPy, SciPy and Python, becomes a Recorded, which
-# notes what was asked for; worked_out works the arrays out afterwards. Nothing a file names is called.
+# notes what was asked for; worked_out works the arrays out afterwards. Nothing that a file names is
+# called.
 PICKLE_NAMES = {
     "numpy.core.multiarray._reconstruct": "array", "numpy._core.multiarray._reconstruct": "array",
     "numpy.core.numeric._frombuffer": "buffer", "numpy._core.numeric._frombuffer": "buffer",

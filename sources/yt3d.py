@@ -29,11 +29,12 @@ def index_yt3d(root: str | Path, split: str = "train", mano: dict | None = None,
     """YouTube3DHands, one row a hand: youtube_SPLIT.json in root or root/data, frames beside it.
 
     Vertices are pixels, with a depth on the same scale: joints and verts in metres stay NaN. For
-    scores there are verts_px (N, 778, 3) and joints_px (N, 21, 3), px of the frame as it lies there,
-    and frame_scale (N, 2), how much wider and higher that frame is than annotated (videos come in
-    other sizes than they had; x goes to (x + 0.5) s - 0.5, the depth by the geometric mean).
-    joints_px, and uv with it, are the 16 joints that the user's own mano["right"] regresses from the vertices,
-    of either side, and smplx's tips; without that file only the tips are known, and a note says so.
+    scores there are verts_px (N, 778, 3) and joints_px (N, 21, 3), px of the frame as it lies
+    there, and frame_scale (N, 2), how much wider and higher that frame is than annotated (videos
+    come in other sizes than they had; x goes to (x + 0.5) s - 0.5, the depth by the geometric
+    mean). joints_px, and uv with it, are the 16 joints that the user's own mano["right"] regresses
+    from the vertices, of either side, and smplx's tips; without that file only the tips are known,
+    and a note says so.
     Boxes are tight around the vertices. Frames may be .png or .jpg; hands without their frame are
     left out and counted, videos of which nothing is there are named. UserError: no or foreign file.
     """

@@ -231,7 +231,7 @@ def kept(index, D, layer, epoch, cfg):
 def masks(index, there, block, epoch, cfg):
     """Sec. 4.6: whom each view attends to, and who enters the maximum; everybody before the last epochs."""
     if epoch < cfg.epochs:
-        return {v: there for v in there}, there
+        return dict.fromkeys(there, there), there
     u = common.uniform(torch.tensor([index]), 2 + V + V * V, cfg.seed, "hamuco mask", epoch, block)[0].tolist()
     seen, shared = (1 + math.floor(x * len(there)) for x in u[:2])
     allowed = {v: [v, *sorted((k for k in there if k != v), key=lambda k: u[2 + V + V * v + k])][:seen] for v in there}
@@ -409,7 +409,7 @@ def test_the_step_and_its_gradient_are_those_of_the_paper_s_equations(exact, cas
     for name, p in model.named_parameters():
         a, b = p.grad, wanted[name].grad
         if a is None or b is None:
-            assert a is None and (b is None or not b.any()) or b is None and not a.any(), name
+            assert (a is None and (b is None or not b.any())) or (b is None and not a.any()), name
             continue
         assert float((a - b).abs().max()) <= 1e-7 * max(float(b.abs().max()), 1e-6), name
     parts = ["backbone.convs.0.weight", "backbone.norms.3.bias", "heads.0.0.weight", "heads.1.2.bias", "heads.2.2.weight"]

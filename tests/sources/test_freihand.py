@@ -156,9 +156,7 @@ def test_freihand_refuses_other_files_in_one_sentence(tmp_path):
         (tmp_path / "training_xyz.json").write_text(text)
         with pytest.raises(UserError, match="training_xyz.json: is not a list of entries of 21 x 3"):
             index_freihand(tmp_path)
-    write_freihand(tmp_path, "evaluation", **{
-        "K": [[[1, 0, 0], [0, 1, 0], [0, 0, 1]]] * 3961, "scale": [1] * 3961, "xyz": None, "mano": None,
-        "verts": None})
+    write_freihand(tmp_path, "evaluation", K=[[[1, 0, 0], [0, 1, 0], [0, 0, 1]]] * 3961, scale=[1] * 3961, xyz=None, mano=None, verts=None)
     with pytest.raises(UserError, match="3,960 hands; they have K 3,961, scale 3,961"):
         index_freihand(tmp_path, "test")
 

@@ -160,7 +160,7 @@ def write_yt3d(home: Path, frames: dict[str, tuple] | None = None, **changes: ob
     home.mkdir(parents=True, exist_ok=True)
     content = {"images": images, "annotations": notes} | changes
     (home / "youtube_train.json").write_text(json.dumps(content))
-    for name, size in (frames or {name: (40, 30) for name in names}).items():
+    for name, size in (frames or dict.fromkeys(names, (40, 30))).items():
         picture(home / name, *size)
     return verts
 
