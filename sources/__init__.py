@@ -9,8 +9,9 @@ frame x right, y down, z forward; all left hands are mirrored to right ones.
     crop       (3, 3) takes px of the picture to px of image      size (2,) px of that picture
     K          (3, 3) px            joints (21, 3) m, wrist, then thumb to pinky from base to tip
     joints_ok  (21,) bool           verts (778, 3) m
-    uv         (21, 2) px, true     uv_label (21, 2) px, what self-supervision may see, with its
-               confidence (21,) in [0, 1]       visible (21,) bool
+    uv         (21, 2) px, true     uv_label (21, 2) px, what self-supervision may see; never the
+               truth in its place   confidence (21,) in [0, 1] of uv_label, or of uv if a data set
+               has no uv_label      visible (21,) bool
     pose       (48,) rad, axis-angle with the mean pose in it    shape (10,)    trans (3,) m
     scale      metres of a unit of length or of bone 9-10, 1 where neither is known
     has        dict of bool: K joints uv verts pose shape cameras

@@ -24,8 +24,10 @@ class Hands(Source):
 
     Without a box the crop is the centre square, whatever the margin. Left hands are mirrored to
     right; `side` tells. Numbers are float32; confidence is 1 and visible is "inside the picture"
-    where the data set says nothing. A picture that breaks after the index was checked is named on
-    stderr and gives a black image with every `has` False: batches and resumed runs stay the same.
+    where the data set says nothing. uv never stands in for a missing uv_label: a label that is the
+    truth would teach it, and score without error. A picture that breaks after the index was checked
+    is named on stderr and gives a black image with every `has` False: batches and resumed runs stay
+    the same.
     """
 
     def __init__(self, index: Index, size: int, margin: float):
@@ -126,10 +128,9 @@ def _numbers(columns: dict[str, np.ndarray], row: int, size: tuple) -> dict[str,
         return np.array(columns[key][row] if key in columns else default, float)
 
     shapes = {"K": (3, 3), "joints": (N_JOINTS, 3), "verts": (N_VERTS, 3), "uv": (N_JOINTS, 2),
-              "pose": (48,), "shape": (10,), "trans": (3,)}
+              "uv_label": (N_JOINTS, 2), "pose": (48,), "shape": (10,), "trans": (3,)}
     sample = {key: get(key, np.full(dims, np.nan)) for key, dims in shapes.items()}
-    sample["uv_label"] = get("uv_label", sample["uv"])
-    known = np.isfinite(sample["uv_label"]).all(-1)
+    known = np.isfinite(sample["uv_label" if "uv_label" in columns else "uv"]).all(-1)
     inside = ((sample["uv"] >= -0.5) & (sample["uv"] <= np.array(size) - 0.5)).all(-1)
     return sample | {"confidence": np.where(known, get("confidence", known), 0),
                      "visible": get("visible", inside).astype(bool),

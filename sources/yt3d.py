@@ -34,9 +34,9 @@ def index_yt3d(root: str | Path, split: str = "train", mano: dict | None = None,
     come in other sizes than they had; x goes to (x + 0.5) s - 0.5, the depth by the geometric
     mean). joints_px, and uv with it, are the 16 joints that the user's own mano["right"] regresses
     from the vertices, of either side, and smplx's tips; without that file only the tips are known,
-    and a note says so.
-    Boxes are tight around the vertices. Frames may be .png or .jpg; hands without their frame are
-    left out and counted, videos of which nothing is there are named. UserError: no or foreign file.
+    and a note says so. Boxes are tight around the vertices. Frames may be .png or .jpg; hands
+    without their frame are left out and counted, videos of which nothing is there are named.
+    UserError: no or foreign file.
     """
     root = data_folder(root, "yt3d")
     name = f"youtube_{split}.json"
