@@ -469,13 +469,21 @@ class Watched:
     """What a command's loop did: a record for each step, of weights, gradients, rates, modes and inputs."""
 
     def __init__(self, monkeypatch, train, val=None):
-        self.steps, self.given, self.model = [], [], None
+        self.steps, self.given, self.model, self.opened, self.crossed = [], [], None, [], []
         watch, training_steps = self, peclr.training_steps
 
         def steps(data, cfg, epoch, first, device, *order):
             for step, micro_batches in training_steps(data, cfg, epoch, first, device, *order):
                 watch.given.append((epoch, micro_batches))
                 yield step, micro_batches
+
+        def opened(cfg, specs, split, size, margin, device, labelled=False):
+            watch.opened.append((specs, split, size, margin, labelled))
+            return train if split == "train" else val
+
+        def crossing(net, last, accumulate=peclr.accumulate):
+            watch.crossed.append(last)
+            return accumulate(net, last)
 
         def spied(optimizer):
             class Spy(optimizer):
@@ -503,7 +511,8 @@ class Watched:
         monkeypatch.setattr(torch.optim, "Adam", spied(torch.optim.Adam))
         monkeypatch.setattr(peclr, "PeCLR", built(PeCLR))
         monkeypatch.setattr(peclr, "HandNet", built(HandNet))
-        monkeypatch.setattr(peclr, "open_data", lambda cfg, specs, split, *words, **more: train if split == "train" else val)
+        monkeypatch.setattr(peclr, "open_data", opened)
+        monkeypatch.setattr(peclr, "accumulate", crossing)
         for name in ("draw_views", "draw_crops", "report"):
             monkeypatch.setattr(peclr, name, lambda *words: None)
 
@@ -529,9 +538,11 @@ def moved(before, layer_calls):
     return [0.9 * old + 0.1 * sum(new) / len(new) for old, new in zip(before, zip(*layer_calls))]
 
 
-def check_loop(watch, terms_of, adam, rates, first, frozen=()):
-    """Each step: gradients by the oracle, then a hand-written optimiser and BatchNorm; modes; rates."""
-    moments = {}
+def check_loop(watch, terms_of, adam, rates, first, log, frozen=()):
+    """Each step: gradients by the oracle, then a hand-written optimiser and BatchNorm; modes, rates, log."""
+    moments, lines = {}, [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [line for line in lines if "step" in line]
+    assert [line["lr"] for line in lines] == pytest.approx(rates, rel=1e-5)
     running = watch.initial | {f"backbone.{key}": value for key, value in first.items()}     # --init arrived
     assert all(torch.equal(p, running[name]) for name, p in watch.steps[0]["before"].named_parameters() if name.startswith("backbone"))
     for number, (step, (epoch, micro_batches)) in enumerate(zip(watch.steps, watch.given, strict=True)):
@@ -545,7 +556,10 @@ def check_loop(watch, terms_of, adam, rates, first, frozen=()):
         assert epoch == number // 3
         old = copy.deepcopy(other.state_dict())
         other.zero_grad()
-        terms_of(other, micro_batches, epoch).backward()
+        terms = terms_of(other, micro_batches, epoch)
+        terms["loss"].backward()
+        assert {name: lines[number][name] for name in terms} == {
+            name: pytest.approx(float(term.detach() if name == "loss" else term), rel=2e-5, abs=1e-6) for name, term in terms.items()}
         for name, p in other.named_parameters():
             if frozen and name.startswith(frozen):
                 assert step["grads"][name] is None and torch.equal(step["after"][name], old[name]), name
@@ -594,8 +608,10 @@ def test_the_loop_of_pretraining_is_lars_adam_on_the_equations(form, monkeypatch
     watch = pretraining(monkeypatch, tmp_path, *words, "--init", str(first_weights[0]), "--lr", "0.3",
                         "--weight-decay", "0.05", "--warmup-epochs", "1")
     cfg = Config(seed=5, variant=("accumulate",) if form == "accumulated" else (), **TINY)
-    check_loop(watch, lambda model, parts, epoch: true_pretraining(model, parts, cfg, epoch)["loss"], lars_adam, WARM,
-               first_weights[1])
+    check_loop(watch, lambda model, parts, epoch: true_pretraining(model, parts, cfg, epoch), lars_adam, WARM,
+               first_weights[1], next(tmp_path.glob("run*/pretrain-*/log.jsonl")))
+    assert watch.opened == [(("synthetic",), "train", 64, 2.9, False)]          # twice the side, 2.9 boxes
+    assert watch.crossed == ([] if form == "whole" else [False, True] * 6)      # gradients meet at the last one
     written, = tmp_path.glob("run*/backbone.pt")
     assert all(torch.equal(value, watch.model.backbone.state_dict()[key]) for key, value in torch.load(written).items())
 
@@ -603,14 +619,16 @@ def test_the_loop_of_pretraining_is_lars_adam_on_the_equations(form, monkeypatch
 def test_views_differ_between_epochs_views_and_samples_and_agree_between_runs(monkeypatch, tmp_path):
     one = samples()
     same = {key: value[:1].repeat(12, *[1] * (value.ndim - 1)) for key, value in one.items()}
-    found = []
+    found, weights = [], []
     for seed in ("5", "5", "6"):
         watch = pretraining(monkeypatch, tmp_path, "--micro-batch", "4", "--seed", seed, data=Few(same))
         found.append(torch.cat(watch.seen))
+        weights.append(watch.initial["g.0.weight"])
         monkeypatch.undo()
         exact_names(monkeypatch)
     assert found[0].shape == (2 * 3 * 2 * 4, 3, SIDE, SIDE)               # epochs, steps, views, samples
     assert torch.equal(found[0], found[1])
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     every = torch.cat([found[0], found[2]]).flatten(1)
     assert len(every.unique(dim=0)) == len(every)
 
@@ -631,6 +649,23 @@ def test_each_epoch_of_mixed_data_draws_every_source_equally_often(monkeypatch, 
     assert all(batch["index"].max() < 12 for _, (batch,) in watch.given)
 
 
+def check_start(model, initial, batch):
+    """Point 11: the head starts at the training set's mean u, v, d, its weights at a tenth; 13: the mean bone."""
+    hands = [torch.where(ok[:, None], joints, math.nan) for ok, joints in zip(batch["joints_ok"], batch["joints"])]
+    whole = [hand for hand in batch["joints"] if hand.isfinite().all()]
+    lengths = torch.stack([(hand[10] - hand[9]).norm() for hand in whole])
+    assert float(model.unit) == pytest.approx(float(lengths.mean()), rel=1e-5)
+    assert len(hands) == 12
+    mean = torch.stack([hand - hand[0] for hand in whole]).mean(0)
+    depth = mean[:, 2] - (mean[0, 2] + mean[9, 2]) / 2
+    uv = batch["uv"].nanmean(0)
+    uv[0] = (uv[0] + uv[9]) / 2
+    uv = (uv / STORED - 0.5) * SIDE * 2.2 * 0.7 + SIDE / 2
+    bias = model.head[-1].bias.view(21, 3)
+    assert close(bias[:, :2], uv, 1e-4) and close(bias[1:, 2], depth[1:] / lengths.mean(), 1e-4)
+    assert close(model.head[-1].weight, initial[f"head.{len(model.head) - 1}.weight"] / 10)
+
+
 @pytest.mark.parametrize("freeze", [False, True], ids=["tuned", "frozen"])
 def test_the_loop_of_finetuning_is_adam_on_equation_5_also_after_a_validation(freeze, monkeypatch, tmp_path, first_weights):
     watch = Watched(monkeypatch, Few(twelve()), Few(rows(samples(seed=8), [0, 1, 3])))
@@ -638,18 +673,22 @@ def test_the_loop_of_finetuning_is_adam_on_equation_5_also_after_a_validation(fr
                 "--micro-batch", "2", "--lr", "0.01", "--weight-decay", "0.05", *["--freeze"] * freeze])
     cfg = Config(seed=5, freeze=freeze, **TINY)
 
-    def loss(model, parts, epoch):
-        return sum(true_finetuning(model, part, cfg, epoch)["loss"] for part in parts) / len(parts)
+    def terms(model, parts, epoch):
+        found = [true_finetuning(model, part, cfg, epoch) for part in parts]
+        return {name: sum(one[name] for one in found) / len(found) for name in found[0]}
 
     def decayed(w, g, *words):
         return adam(w, g + 0.05 * w if w.ndim > 1 else g, *words)
 
     rates = [0.005 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
-    check_loop(watch, loss, decayed, rates, first_weights[1], ("backbone",) if freeze else ())
+    check_loop(watch, terms, decayed, rates, first_weights[1], next((tmp_path / "run").glob("*/log.jsonl")), ("backbone",) if freeze else ())
     if freeze:                                                             # neither weights nor statistics
         assert all(torch.equal(value, first_weights[1][key]) for key, value in watch.model.backbone.state_dict().items())
     log = [json.loads(line) for line in (tmp_path / "run").glob("*/log.jsonl").__next__().read_text().splitlines()]
     assert [line["epoch"] for line in log if "val_mpjpe_mm" in line] == [1, 2]
+    assert watch.opened == [(("synthetic",), "train", 48, 2.2, True), (("synthetic",), "val", 48, 2.2, False)]
+    assert watch.crossed == [False, True] * 6
+    check_start(watch.steps[0]["before"], watch.initial, twelve())
     inputs = torch.cat(watch.seen).flatten(1)
     assert len(inputs) == 24 and len(inputs.unique(dim=0)) == 24
 
@@ -723,3 +762,40 @@ def test_without_augmentation_the_step_sees_and_scores_what_prediction_does(bone
         assert float(terms["L_root"]) == pytest.approx(float((guess[2] - center[2]).abs() / unit), rel=1e-6)
         d = [(x[:, 2] - root[2])[1:] / unit for x, root in ((got["joints"][0], guess), (batch["joints"][0], center))]
         assert float(terms["L_d"]) == pytest.approx(float((d[0] - d[1]).abs().sum() / 21), rel=1e-6)
+
+
+# ---- Pictures and numbers beside the loops
+
+
+def test_pictures_of_views_show_their_key_points_moved_along(monkeypatch, tmp_path):
+    drawn, sheets = [], []
+    monkeypatch.setattr(peclr, "draw_skeleton", lambda view, uv, **more: drawn.append(uv) or view)
+    monkeypatch.setattr(peclr, "sheet", lambda path, cells, **more: sheets.append((path.name, [len(row) for row in cells])))
+    batch, cfg = rows(twelve(), [0, 2, 3, 6, 8, 9, 0, 2]), Config(**TINY)
+    data = Few(batch)
+    peclr.draw_views(tmp_path, data, cfg, torch.device("cpu"))
+    for n, (k, b) in enumerate([(k, b) for k in (0, 1) for b in (0, 2, 4, 7)]):
+        one = {key: value[b:b + 1] for key, value in batch.items()} | {"index": torch.tensor([b])}
+        A, _, _ = true_view(one, 0, cfg, 0, k, ("scale", "rotation", "translation"))
+        assert close(drawn[n], affine(A, batch["uv"][b]))
+    drawn.clear()
+    peclr.draw_crops(tmp_path, data, cfg, torch.device("cpu"))
+    for b, uv in enumerate(drawn):
+        u = common.uniform(torch.tensor([b]), 3, 0, "peclr fine-tuning", 0)[0].tolist()
+        A = matrix([(STORED - 1) / 2] * 2, STORED / 0.7 / 2.2, math.radians(90 * u[0] - 45), [(15 * u[k] - 7.5) / 128 for k in (1, 2)])
+        assert close(uv, affine(A, batch["uv"][b]))
+    assert sheets == [("views.png", [4, 4]), ("transformations.png", [5, 5]), ("views.png", [4, 4])]
+
+
+def test_numbers_of_the_authors_code_are_those_of_the_notes():
+    """Notes 1.1, 1.5 to 1.7, 1.11 and the release: what the paper leaves out, typed again."""
+    cfg = Config()
+    assert (cfg.tau, cfg.micro_batch, cfg.warmup_epochs, cfg.weight_decay, cfg.epochs, cfg.mix, cfg.bone) == (
+        0.5, 128, 10.0, 1e-6, 100, "authors", "middle")
+    tuned = peclr.finetune_config({"finetune": "freihand"})
+    assert (tuned.batch_size, tuned.micro_batch, tuned.warmup_epochs, tuned.weight_decay, tuned.epochs, tuned.lr,
+            tuned.image_size, tuned.freeze, tuned.two_pass) == (128, 32, 0.0, 2e-4, 100, 5e-4, 224, False, False)
+    frozen = peclr.finetune_config({"finetune": "freihand", "freeze": True})
+    assert (frozen.epochs, frozen.lr, frozen.freeze) == (50, 5e-4, True)
+    assert (peclr.stored_side(tuned), peclr.MARGIN, peclr.VIEW_MARGIN, peclr.RADIUS) == (336, 2.2, 2.9, 0.65)
+    assert pytest.approx(0.7) == 1 / peclr.CROP
