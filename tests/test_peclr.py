@@ -537,9 +537,11 @@ image, uv = torch.randint(0, 256, (8, 3, 48, 48), dtype=torch.uint8), 24 + 6 * t
 mine = [torch.arange(2 * k, 2 * k + 2) for k in common.share(8, 2)]
 micro = [{{"image": image[i], "uv": uv[i], "index": i, "crop": torch.eye(3).expand(2, 3, 3)}} for i in mine]
 model.train()
-terms = peclr.cached_step(net, micro, cfg, 0) if len(micro) > 1 else peclr.whole_step(net, micro[0], cfg, 0)
+with common.batch_statistics(model):
+    terms = peclr.cached_step(net, micro, cfg, 0) if len(micro) > 1 else peclr.whole_step(net, micro[0], cfg, 0)
 if common.rank() == 0:
-    torch.save({{"loss": terms["loss"].detach(), "grads": [p.grad for p in model.parameters()]}}, {out!r})
+    torch.save({{"loss": terms["loss"].detach(), "grads": [p.grad for p in model.parameters()],
+                "buffers": dict(model.named_buffers())}}, {out!r})
 common.barrier()
 if torch.distributed.is_initialized():
     del net
@@ -547,7 +549,7 @@ if torch.distributed.is_initialized():
 """
 
 
-def test_one_two_and_four_processes_have_equal_loss_and_gradients(tmp_path):
+def test_one_two_and_four_processes_have_equal_loss_gradients_and_statistics(tmp_path):
     found = []
     for count in (1, 2, 4):                                            # four: one micro-batch each, the plain form
         out = tmp_path / f"{count}.pt"
@@ -562,6 +564,7 @@ def test_one_two_and_four_processes_have_equal_loss_and_gradients(tmp_path):
     for other in found[1:]:
         assert float((other["loss"] - found[0]["loss"]).abs()) < 1e-10
         assert max(float((a - b).abs().max()) for a, b in zip(other["grads"], found[0]["grads"])) < 1e-10
+        assert max(float((b - found[0]["buffers"][k]).abs().max()) for k, b in other["buffers"].items()) < 1e-12
 
 
 def test_bfloat16_is_for_the_network_only(monkeypatch):
@@ -938,6 +941,9 @@ def test_fine_tuning_ends_in_a_table_and_eval_judges_it_and_a_random_encoder_fro
     assert "peclr: from pre/backbone.pt, pre-trained on synthetic:calm from random weights" in capsys.readouterr().out
     rows = json.loads((tmp_path / "tuned" / "metrics.json").read_text())["results"][0]["rows"]
     assert {"mpjpe_mm", "pa_mpjpe_mm", "abs_mpjpe_mm", "auc", "epe_2d_px"} <= set(rows["peclr"])
+    cfg = peclr.finetune_config({"finetune": "synthetic:calm", "image_size": 32, "cache": "c", "workers": 0})
+    peclr.report(cfg, tmp_path / "tuned", ["peclr"], torch.device("cpu"), peclr.build, 48, peclr.MARGIN, "val")
+    assert "16 val samples scored" in capsys.readouterr().out
     peclr.main([*tune, "--freeze", "--out", "frozen"])
     settled = []
     monkeypatch.setattr(peclr, "settle_statistics", lambda *words: settled.append(1))
@@ -968,6 +974,18 @@ def test_quick_runs_every_row_frozen_and_end_to_end_and_explicit_flags_win(tmp_p
     stages.clear()
     peclr.main(["--finetune", "synthetic", "--freeze", "--device", "cpu", "--out", "x"])
     assert stages[0][1].epochs == 50 and stages[0][1].lr == 5e-4
+
+
+@pytest.mark.parametrize("spec, split", [("freihand:90=d", "val"), ("freihand:90-gs", "val"), ("freihand", "test"),
+                                         ("freihand:centre=d", "test"), ("synthetic", "test")])
+def test_table_1_is_judged_on_the_paper_s_own_tenth_of_freihand(spec, split, tmp_path, monkeypatch):
+    """Sec. 4.4: our own training and validation split, 90 % and 10 %."""
+    monkeypatch.chdir(tmp_path)
+    judged = []
+    monkeypatch.setattr(peclr, "finetune", lambda *words: None)
+    monkeypatch.setattr(peclr, "report", lambda *words: judged.append(words[-1]))
+    peclr.main(["--finetune", spec, "--device", "cpu", "--out", "x"])
+    assert judged == [split]
 
 
 def test_label_fractions_are_nested_and_by_seed(tmp_path):

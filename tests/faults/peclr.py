@@ -13,7 +13,7 @@ TUNED = "loop_of_finetuning and frozen"
 BROKEN = [
     # Views: what is drawn, from which stream, and in which order it is applied
     ("amax(1)\n    known", "mean(1)\n    known", VIEWS),
-    ("known = radius.isfinite() &", "known = (radius == radius.clamp(max=20)) &", "variants and box-crops"),
+    ("known = (radius > 0) &", "known = (radius >= 0).logical_not() &", VIEWS),
     ("& (not box_only)", "& True", "variants and box-crops"),
     ("middle = torch.where(known[:, None], middle, (side - 1) / 2)", "middle = torch.where(known[:, None], middle, side / 2)", VIEWS),
     ("RADIUS * side / VIEW_MARGIN", "RADIUS * side / MARGIN", VIEWS),
