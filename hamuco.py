@@ -116,6 +116,13 @@ VARIANTS = {
     "no-d": "without L_d (Tab. 4, #12)",
     "projected-c2d": "L_c2D on projections, as Sec. 3.2.3 prints it",
 }
+_FEATURES = {"no-vsf", "no-cva", "no-g1", "no-g2", "no-g3"}
+IDLE = {                     # what has nothing left to do beside a variant
+    "single-view": {*VARIANTS, "calibration", "warm_epochs", "mask_epochs"} - {"single-view"},
+    "no-dcvi": {*_FEATURES, "no-d", "mask_epochs"},
+    "no-c": {"no-c2d", "no-cf", "projected-c2d"},
+    "no-c2d": {"projected-c2d"},
+}
 
 _QUICK = dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, batch_size=8,
               micro_batch=8, samples=1536, views=4, lr=1e-3, alpha=0.1, gamma=10.0, augment=0.1,
@@ -716,9 +723,7 @@ def triangulate(uv: Tensor, P: Tensor, weight: Tensor | None = None) -> Tensor:
     if weight is not None:
         rows = rows * weight.double()[..., None, None]
         used = used & (weight > 0)
-    if not used.all():                                     # the common case needs no further pass
-        rows = torch.where(used[..., None, None], rows, 0)
-    rows = rows.flatten(-3, -2)
+    rows = torch.where(used[..., None, None], rows, 0).flatten(-3, -2)
     X = torch.linalg.eigh(rows.mT @ rows).eigenvectors[..., 0]
     return torch.where((used.sum(-1) > 1)[..., None], X[..., :3] / X[..., 3:], math.nan)
 
@@ -842,7 +847,7 @@ def place_fused(prediction: dict[str, dict[str, Tensor]], batch: dict, size: int
 
 def in_camera(joints: Tensor, K: Tensor) -> dict[str, Tensor]:
     """Joints (B, V, J, 3) m in camera frames as a prediction with a root and key points."""
-    return {"joints": joints, "root": joints[:, :, 0], "uv": project_views(joints, K)}
+    return {"joints": joints, "root": joints[:, :, 0], "uv": project(joints, K.to(joints))}
 
 
 def triangulate_robustly(uv: Tensor, P: Tensor, ok: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -856,11 +861,6 @@ def triangulate_robustly(uv: Tensor, P: Tensor, ok: Tensor, size: int) -> tuple[
     there = ok[:, None].expand(by_joint.shape[:3])
     X, inliers = ransac(by_joint, P, there, limit=of_crop(RANSAC_PX, size))
     return refine(X, by_joint, P, inliers, delta=of_crop(HUBER_PX, size)), X
-
-
-def project_views(joints: Tensor, K: Tensor) -> Tensor:
-    """Camera frames (B, V, J, 3) -> px (B, V, J, 2)."""
-    return project(joints.flatten(0, 1), K.to(joints).flatten(0, 1)).unflatten(0, joints.shape[:2])
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -884,7 +884,7 @@ def targets(batch: dict, view: View, cfg: Config) -> Target:
         weight = batch["confidence"] * batch["view_ok"][..., None]
         X = triangulate(batch["uv_label"].transpose(1, 2), P[:, None], weight.transpose(1, 2))
         xyz = to_cameras(X, batch["cameras"])
-        label = project_views(xyz, batch["K"]).to(c.dtype)
+        label = project(xyz, batch["K"].to(xyz)).to(c.dtype)
     known = label.isfinite().all(-1)
     uv = to_unit(transform(view.A, torch.where(known[..., None], label, 0)), cfg.image_size)
     if cfg.supervision not in ("truth3d", "triangulated"):
@@ -999,16 +999,6 @@ def open_rig(cfg: Config, split: str, device: torch.device, live: bool = False) 
     return data
 
 
-@torch.no_grad()
-def predict_labels(model: HaMuCo, data: Source, cfg: Config, device: torch.device) -> Tensor:
-    """The interaction's 2D of every training moment, (n, V, J, 2) px of image, for a next round."""
-    parts = []
-    for batch, found in predictions(model, data, cfg, device):
-        uv = found.get("interaction", found["single"])["uv"]
-        parts.append({"uv": uv if batch["image"].dim() == 5 else uv[:, None]})
-    return gather(parts, len(data))["uv"]
-
-
 def check_labels(data: Source, cfg: Config) -> None:
     """UserError where --supervision wants labels that the data set does not have.
 
@@ -1027,9 +1017,16 @@ def check_labels(data: Source, cfg: Config) -> None:
 
 def next_labels(file: Path, model: HaMuCo, data: Source, cfg: Config,
                 device: torch.device) -> Tensor:
-    """What the next round learns from: `predict_labels`, kept in a file for --resume (11)."""
+    """What the next round learns from: the interaction's 2D of every training moment (11).
+
+    (n, V, J, 2) px of image, kept in a file for --resume.
+    """
     if not file.is_file():
-        labels = predict_labels(model, data, cfg, device)
+        parts = []
+        for batch, found in predictions(model, data, cfg, device):
+            uv = found.get("interaction", found["single"])["uv"]
+            parts.append({"uv": uv if batch["image"].dim() == 5 else uv[:, None]})
+        labels = gather(parts, len(data))["uv"]
         if rank() == 0:
             save_checkpoint(file, {"uv": labels})
         barrier()
@@ -1060,15 +1057,13 @@ def fit(cfg: Config, out: Path, row: str, device: torch.device) -> None:
         say(f"training {folder.name} on {len(data):,} moments, {size:.1f} M parameters, "
             f"{steps_per_epoch(len(data), cfg.batch_size)} steps an epoch, {epochs} epochs")
         if cfg.warm_epochs >= epochs and "single-view" not in cfg.variant:
-            say(f"L_c and L_d stay off: --warm-epochs {cfg.warm_epochs} is not below --epochs "
-                f"{cfg.epochs}")
+            say(f"L_c and L_d stay off in all of --warm-epochs {cfg.warm_epochs}")
         train(cfg, folder, model, data, device, labels)
         if k < cfg.rounds:
             labels = next_labels(folder / "labels.pt", model, data, cfg, device)
     if rank() == 0:
         content = {"method": METHOD, "row": row, "mean": mean, "cfg": dataclasses.asdict(cfg),
-                   "epoch": cfg.epochs + cfg.mask_epochs, "model": cpu_state(model),
-                   "hand": hand_mark(cfg.mano)}
+                   "epoch": epochs, "model": cpu_state(model), "hand": hand_mark(cfg.mano)}
         save_checkpoint(out / f"train-{row}" / "final.pt", content)
         save_checkpoint(out / "finetune.pt", content)
         save_checkpoint(out / "backbone.pt", cpu_state(model.backbone))
@@ -1113,11 +1108,15 @@ def model_rows(models: dict[str, HaMuCo], batch: dict) -> dict[str, dict[str, Te
     return rows
 
 
-def predictor(models: dict[str, HaMuCo], size: int) -> Predictor:
-    """The labels' rows and the trained models' as one predictor of the judge."""
+def predictor(models: dict[str, HaMuCo], size: int, labelled: bool) -> Predictor:
+    """The trained models' rows and, where the data are `labelled` in 2D, the labels' own.
+
+    Data without 2D labels have the truth in their place: it would score 0.0 px.
+    """
     def answer(batch: dict) -> dict[str, dict[str, Tensor]]:
         batch = as_views(batch)
-        return outputs(label_rows(batch, size) | model_rows(models, batch), "")
+        rows = label_rows(batch, size) if labelled else {}
+        return outputs(rows | model_rows(models, batch), "")
     return answer
 
 
@@ -1160,14 +1159,15 @@ def report(cfg: Config, out: Path, names: list[str], device: torch.device) -> No
     hand = hand_for(cfg.data[0], cfg.mano)
     exam = Exam(test, cfg.data[0], hand, device, cfg.workers,
                 {"labels": against_labels, "fig_4": fig_4})
-    rows, _ = assess(exam, predictor(models, cfg.image_size), content["mean"])
+    judged = predictor(models, cfg.image_size, test.gives("uv_label"))
+    rows, _ = assess(exam, judged, content["mean"])
     rows = {"mean_pose": rows.pop("mean_pose"), **rows}
     learnt: dict[str, Row] = {}
     if any("pa_mpjpe_mm" in row.means() for row in rows.values()):
         train = open_rig(cfg, "train", device)          # Fig. 4, left: moments that were trained on
         train = Rows(train, torch.linspace(0, len(train) - 1, min(128, len(train))).long())
         exam = dataclasses.replace(exam, data=train, protocols={})
-        learnt, _ = assess(exam, predictor(models, cfg.image_size))
+        learnt, _ = assess(exam, predictor(models, cfg.image_size, train.gives("uv_label")))
     if rank() == 0:
         conclude(cfg, out, rows, learnt, models[names[-1]])
 
@@ -1252,25 +1252,29 @@ def row_of(variant: tuple[str, ...]) -> str:
     return "-".join((METHOD, *variant))
 
 
-def checked(cfg: Config) -> Config:
-    """UserError where options do not go together."""
+def checked(cfg: Config, given: set[str]) -> Config:
+    """UserError where options do not go together; `given` are those that the user named."""
+    for variant in cfg.variant:
+        for name in sorted(IDLE.get(variant, set()) & (given | set(cfg.variant))):
+            flag = f"variant {name}" if name in VARIANTS else name.replace("_", "-")
+            raise UserError(f"--{flag}: does nothing beside --variant {variant}")
     if cfg.finetune:
         raise UserError("--finetune: HaMuCo has one stage, training on 2D labels of --data")
     if cfg.label_fraction != 1:
         raise UserError("--label-fraction: HaMuCo needs no labels; --data-fraction takes a part of "
                         "the moments")
     if cfg.supervision == "triangulated" and (cfg.calibration == "none" or cfg.views < 2):
-        raise UserError("--supervision triangulated: needs --calibration known and --views 2 or "
-                        "more")
+        raise UserError("--supervision triangulated: needs --calibration known, --views 2 or more")
     if cfg.rounds > 1 and cfg.supervision in ("truth2d", "truth3d"):
         raise UserError("--rounds: later rounds replace noisy labels, and --supervision "
                         f"{cfg.supervision} has none")
     if cfg.augment < 0:
         raise UserError(f"--augment {cfg.augment}: must not be negative")
-    for name, least in (("views", 1), ("rounds", 1), ("warm_epochs", 0), ("mask_epochs", 0)):
-        if getattr(cfg, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least "
-                            f"{least}")
+    for name, value, least in (("views", cfg.views, 1), ("rounds", cfg.rounds, 1),
+                               ("warm-epochs", cfg.warm_epochs, 0),
+                               ("mask-epochs", cfg.mask_epochs, 0)):
+        if value < least:
+            raise UserError(f"--{name} {value}: must be at least {least}")
     if not 0 < cfg.data_fraction <= 1:
         raise UserError(f"--data-fraction {cfg.data_fraction}: must lie in (0, 1]")
     return cfg
@@ -1283,7 +1287,7 @@ def stage_config(given: dict[str, Any], alone: bool = False) -> Config:
         given = given | dict(variant=("single-view",), rounds=1, mask_epochs=0,
                              epochs=2 * (whole.epochs + whole.mask_epochs))
     sizes = "single_view" if "single-view" in given.get("variant", ()) else "hamuco"
-    return checked(settle(Config, given, sizes, QUICK))
+    return checked(settle(Config, given, sizes, QUICK), set() if alone else set(given))
 
 
 def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:

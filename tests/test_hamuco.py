@@ -384,7 +384,7 @@ def batch_of(B=2, V=3, size=56, seed=0):
     M[..., :3, 3] = torch.tensor([0, 0, 0.6])
     joints = to_cameras(0.1 * (rand(B, 21, 3) - 0.5), M)
     K = torch.tensor([[300.0, 0, 27.5], [0, 300, 27.5], [0, 0, 1]]).expand(B, V, 3, 3)
-    uv, yes = hamuco.project_views(joints, K), torch.ones(B, dtype=torch.bool)
+    uv, yes = common.project(joints, K), torch.ones(B, dtype=torch.bool)
     return {"image": (255 * rand(B, V, 3, size, size)).byte(), "index": torch.arange(B), "K": K, "cameras": M,
             "view_ok": torch.ones(B, V, dtype=torch.bool), "joints": joints, "uv": uv, "uv_label": uv + rand(B, V, 21, 2),
             "confidence": 0.1 + 0.9 * rand(B, V, 21), "scale": torch.ones(B, V), "has": {"cameras": yes, "uv": yes, "joints": yes}}
@@ -701,6 +701,7 @@ def test_one_model_takes_any_number_of_views(V):
     assert out["single"]["pose"].shape == (2, V, 16, 3, 3) and out["interaction"]["shape"].shape == (2, V, 10)
     if V == 1:
         near(out["fusion"]["joints"], out["interaction"]["joints"], 1e-6)
+        near(out["fusion"]["uv"], out["interaction"]["uv"], 1e-3)
 
 
 @pytest.mark.parametrize("calibration", ["known", "none"])
@@ -882,6 +883,19 @@ def test_a_moment_with_one_view_is_scored_like_any_other():
     assert scores[0].isnan().all() and scores[1:].isfinite().all()
 
 
+def test_limits_shrink_with_the_crop(monkeypatch):
+    """30 and 2 px of a 256 px crop, of which a network with smaller crops gets its share."""
+    seen = []
+    monkeypatch.setattr(hamuco, "ransac", lambda uv, P, ok, limit: (seen.append(limit), ransac(uv, P, ok, limit=limit))[1])
+    monkeypatch.setattr(hamuco, "refine", lambda *args, delta, **more: (seen.append(delta), refine(*args, delta=delta, **more))[1])
+    batch = batch_of()
+    P = projections(batch["K"], batch["cameras"])
+    for size, expected in ((256, [30, 2]), (64, [7.5, 0.5])):
+        seen.clear()
+        hamuco.triangulate_robustly(batch["uv"], P, batch["view_ok"], size)
+        assert seen == expected
+
+
 def test_triangulation_needs_two_views():
     P, uv = torch.randn(3, 3, 4, dtype=EXACT), torch.randn(2, 3, 2, dtype=EXACT)
     weight = torch.tensor([[1.0, 0, 0], [1, 1, 0]])
@@ -974,6 +988,9 @@ def test_hamuco_s_paper_values_are_those_of_section_4_2():
     (["--views", "0"], "--views 0: must be at least 1"),
     (["--data-fraction", "0"], "must lie in (0, 1]"),
     (["--rounds", "0"], "--rounds 0: must be at least 1"),
+    (["--variant", "single-view", "--warm-epochs", "3"], "--warm-epochs: does nothing beside --variant single-view"),
+    (["--variant", "no-c", "no-cf"], "--variant no-cf: does nothing beside --variant no-c"),
+    (["--variant", "no-dcvi", "--mask-epochs", "3"], "--mask-epochs: does nothing beside --variant no-dcvi"),
     (["--rounds", "2", "--supervision", "truth3d"], "later rounds replace noisy labels"),
     (["--variant", "no-g1", "no-g2", "no-g3", "--samples", "16", "--image-size", "32"], "without an input")])
 def test_bad_options_give_one_sentence(tmp_path, monkeypatch, capsys, words, said):
@@ -1111,3 +1128,4 @@ def test_ours_sv_learns_from_a_detector_s_labels_of_freihand(tmp_path, few_tests
     hamuco.main([*words, "--out", "b"])
     rows = json.loads((tmp_path / "b" / "metrics.json").read_text())["results"][0]["rows"]
     assert "pa_mpjpe_mm" in rows["single_view"]
+    assert "labels" not in rows                     # the evaluation part has none: its truth is not scored as if it had
