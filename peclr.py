@@ -80,7 +80,7 @@ from common import (
     recall, remember, rgb_to_hsv, rotation, save_checkpoint, say, settle, steps_per_epoch, to_grey,
     transform, translation, uniform, view_intrinsics, warp, world)
 from hand.drawing import draw_skeleton, label, picture, sheet
-from sources import Source, batches, open_data, parse_data, training_steps
+from sources import Source, batches, open_data, training_steps
 from sources.stages import keep_best, launch, mean_hand, report, row_name
 
 import torch
@@ -910,12 +910,6 @@ def finetune_config(given: dict[str, Any]) -> Config:
     return settle(Config, given, "finetune", QUICK)
 
 
-def judged_split(cfg: Config) -> str:
-    """The split of the closing table: Sec. 4.4's own 10 % of FreiHAND, where that was asked for."""
-    name, part, _ = parse_data(cfg.finetune)
-    return "val" if name == "freihand" and part.startswith("90") else "test"
-
-
 def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
     """One stage, or with --quick all: both objectives, then every row frozen and end to end."""
     given = remember(out, recall(given | {"out": str(out)}))
@@ -934,7 +928,7 @@ def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
         cfg = finetune_config(given)
         row = row_name(cfg.init)
         finetune(cfg, out, row, device)
-        report(cfg, out, [row], device, build, stored_side(cfg), MARGIN, judged_split(cfg))
+        report(cfg, out, [row], device, build, stored_side(cfg), MARGIN)
     else:
         pretrain(settle(Config, given, "pretrain", QUICK), out, device)
 

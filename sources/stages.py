@@ -167,13 +167,11 @@ def keep_best(run: Run, epoch: int, val: Any, cfg: Any, device: torch.device, ab
 
 
 def report(cfg: Any, out: Path, names: list[str], device: torch.device,
-           build: Callable[[Any], nn.Module], side: int, margin: float, split: str = "test"
-           ) -> None:
+           build: Callable[[Any], nn.Module], side: int, margin: float) -> None:
     """Score the best checkpoint of each row on the test split: table, metrics.json, pictures.
 
     A row's networks are OUT/finetune-NAME and, with scores that end in _frozen, OUT/probe-NAME.
-    OUT/finetune.pt is the last row's, the fine-tuned one where there are both. `split` is another
-    one where a paper's own table is of that.
+    OUT/finetune.pt is the last row's, the fine-tuned one where there are both.
     """
     files = {(name, stage): out / f"{stage}-{name}" / "best.pt"
              for name in names for stage in ("probe", "finetune")}
@@ -181,9 +179,9 @@ def report(cfg: Any, out: Path, names: list[str], device: torch.device,
     *_, last = found.values()
     if rank() == 0:
         save_checkpoint(out / "finetune.pt", last)                  # whatever the test split holds
-    test = open_data(cfg, (cfg.finetune,), split, side, margin, device)
+    test = open_data(cfg, (cfg.finetune,), "test", side, margin, device)
     if not len(test):
-        say(f"wrote {out}/finetune.pt; {cfg.finetune} has no {split} split, so nothing was scored")
+        say(f"wrote {out}/finetune.pt; {cfg.finetune} has no test split, so nothing was scored")
         return
     exam = Exam(test, cfg.finetune, hand_for(cfg.finetune, cfg.mano), device, cfg.workers)
     rows: dict[str, Row] = {}
@@ -199,7 +197,7 @@ def report(cfg: Any, out: Path, names: list[str], device: torch.device,
                         for metric, value in judged[name].means().items()}
     means["mean_pose"] = judged["mean_pose"].means()
     if rank() == 0:
-        _conclude(cfg, out, exam, rows[names[-1]], means, split)
+        _conclude(cfg, out, exam, rows[names[-1]], means)
         for name in names:
             init = next(c["cfg"]["init"] for (other, _), c in found.items() if other == name)
             say(f"{name}: from {origin(init)}")
@@ -207,7 +205,7 @@ def report(cfg: Any, out: Path, names: list[str], device: torch.device,
                           for name, stage in found})
 
 
-def _conclude(cfg: Any, out: Path, exam: Exam, row: Row, means: Means, split: str) -> None:
+def _conclude(cfg: Any, out: Path, exam: Exam, row: Row, means: Means) -> None:
     """Print the table and what belongs beside it, and write metrics.json; `row` is the last one."""
     n = row.count("scored ours")
     left_out, uses = len(row.errors) - n, sorted(row.net.model.USES)
@@ -215,7 +213,7 @@ def _conclude(cfg: Any, out: Path, exam: Exam, row: Row, means: Means, split: st
         say("scratch: not run (--finetune without --init)")
     say("\n" + table(means, STAGE))
     better = gain(means, "mean_pose")
-    say(f"{n:,} {split} samples scored, {left_out} left out; MPJPE is wrist-rooted; one seed "
+    say(f"{n:,} test samples scored, {left_out} left out; MPJPE is wrist-rooted; one seed "
         f"({cfg.seed}); {row.net.millions} parameters; boxes from {exam.data.box_source}; the "
         f"network sees {', '.join(uses)}" + f"; {better}" * bool(better))
     write_results(out / "metrics.json", cfg.finetune, {

@@ -17,7 +17,7 @@ from peclr import Config, HandNet, PeCLR
 from sources import Source
 from sources.loader import Joined
 
-SIDE, STORED = 32, 48
+SIDE, STORED = 36, 54          # the last map is 2 x 2
 TINY = dict(backbone="resnet10", image_size=SIDE, workers=0)
 MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float64)[..., None, None]
 
@@ -44,7 +44,7 @@ def samples(n=6, seed=3):
     torch.manual_seed(seed)
     f = 150 + 40 * torch.rand(n)
     K = torch.eye(3).repeat(n, 1, 1)
-    K[:, 0, 0], K[:, 1, 1], K[:, :2, 2] = f, 1.02 * f, 23 + 3 * torch.rand(n, 2)
+    K[:, 0, 0], K[:, 1, 1], K[:, :2, 2] = f, 1.02 * f, 26 + 3 * torch.rand(n, 2)
     joints = torch.tensor([0.0, 0.0, 0.55]) + 0.05 * torch.randn(n, 21, 3)
     joints[:, 10] = joints[:, 9] + 0.05 * F.normalize(torch.randn(n, 3), dim=1)
     batch = {"image": torch.randint(0, 256, (n, 3, STORED, STORED), dtype=torch.uint8),
@@ -610,7 +610,7 @@ def test_the_loop_of_pretraining_is_lars_adam_on_the_equations(form, monkeypatch
     cfg = Config(seed=5, variant=("accumulate",) if form == "accumulated" else (), **TINY)
     check_loop(watch, lambda model, parts, epoch: true_pretraining(model, parts, cfg, epoch), lars_adam, WARM,
                first_weights[1], next(tmp_path.glob("run*/pretrain-*/log.jsonl")))
-    assert watch.opened == [(("synthetic",), "train", 64, 2.9, False)]          # twice the side, 2.9 boxes
+    assert watch.opened == [(("synthetic",), "train", 2 * SIDE, 2.9, False)]          # twice the side, 2.9 boxes
     assert watch.crossed == ([] if form == "whole" else [False, True] * 6)      # gradients meet at the last one
     written, = tmp_path.glob("run*/backbone.pt")
     assert all(torch.equal(value, watch.model.backbone.state_dict()[key]) for key, value in torch.load(written).items())
@@ -686,7 +686,7 @@ def test_the_loop_of_finetuning_is_adam_on_equation_5_also_after_a_validation(fr
         assert all(torch.equal(value, first_weights[1][key]) for key, value in watch.model.backbone.state_dict().items())
     log = [json.loads(line) for line in (tmp_path / "run").glob("*/log.jsonl").__next__().read_text().splitlines()]
     assert [line["epoch"] for line in log if "val_mpjpe_mm" in line] == [1, 2]
-    assert watch.opened == [(("synthetic",), "train", 48, 2.2, True), (("synthetic",), "val", 48, 2.2, False)]
+    assert watch.opened == [(("synthetic",), "train", STORED, 2.2, True), (("synthetic",), "val", STORED, 2.2, False)]
     assert watch.crossed == [False, True] * 6
     check_start(watch.steps[0]["before"], watch.initial, twelve())
     inputs = torch.cat(watch.seen).flatten(1)
