@@ -661,7 +661,7 @@ def draw_colour(index: Tensor, cfg: Config, epoch: int) -> Tensor:
 
 
 def make_crops(batch: dict, cfg: Config, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch -> its crops (B, 3, S, S) in 0..1, stored to crop px (B, 3, 3), turned by (B,) rad."""
+    """A batch -> its crops (B, 3, S, S) in 0..1, stored to crop px (B, 3, 3), turned (B,) rad."""
     A, angle = draw_crop(batch["index"], batch["image"].shape[-1], cfg, epoch)
     factors = draw_colour(batch["index"], cfg, epoch)
     return jitter_colour(warp(batch["image"], A, cfg.image_size) / 255, factors), A, angle
