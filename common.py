@@ -1107,6 +1107,8 @@ class Flags:
     mano: str = arg("", "MANO_RIGHT.pkl or .npz (default: data/mano/MANO_RIGHT.pkl if there, else "
                         "the built-in hand; `builtin` forces that)")
     cache: str = arg("cache", "folder for rendered hands and indexes of large data sets")
+    row: str = arg("", "name of the row (default: what made --init, and the data it was trained "
+                       "on)", stage="finetune")
     seed: int = arg(0, "seed of every random draw")
     workers: int = arg(4, "processes that read pictures (0: none beside the main one)")
     device: str = arg("auto", "cpu, cuda, cuda:N or auto")

@@ -4,7 +4,8 @@
     python eval.py RUN RUN ... --data NAME --scratch RUN --sheet  a fair comparison
     python eval.py RUN RUN ... --curve label_fraction             error over an option of the runs
     python eval.py RUN --images DIR --out DIR [--obj]             photos: overlays, JSON, meshes
-    python eval.py RUN --data freihand=DIR --submit               the file that its server reads
+    python eval.py RUN --data hanco=DIR --views 0 2 5             HaMuCo with some of the cameras
+    python eval.py RUN --data freihand:centre=DIR --submit        the file that its server reads
     python eval.py --inspect --data interhand=DIR                 is my data read right?
 
 Judging prints a table with the mean-pose row, a 95 % interval beside each number (bootstrap over
@@ -13,9 +14,10 @@ what a prediction looks like where it seems mirrored, or in other units, axes or
 --out, by default RUN/eval-DATA, go metrics.json, table.md, table.csv, pck.png (share of joints
 within a distance), joints.png, visibility.png, predictions.png (best, median and worst samples) and
 with --sheet sheet.png. --curve reads metrics.json and config.json: `epoch` for TI-Net's Fig. 5,
-`label_fraction` or `labels` for PeCLR's Fig. 6, `freeze_blocks` for HandMIM's Fig. 7, `views` or
-`data_fraction` for HaMuCo's Fig. 3. --images wants a folder or a picture; hands are those of
-labels.jsonl beside it, or what MediaPipe finds.
+`label_fraction` or `labels` for PeCLR's Fig. 6, `freeze_blocks` for HandMIM's Fig. 7,
+`data_fraction` for HaMuCo's Fig. 3 a, and `views`, those --views tested with, for its Fig. 3 b.
+Runs share a line where they differ in nothing but the seed. --images wants a folder or a picture;
+hands are those of labels.jsonl beside it, or what MediaPipe finds.
 
 Protocols, each named beside its numbers; the code stands in the data set's own file in sources/
     ours            all labelled samples, wrist-rooted MPJPE, Procrustes with a proper rotation, the
@@ -61,7 +63,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # common before torch: it settles how threads wait
 from common import (
@@ -71,16 +73,17 @@ from common import (
 from hand import hand_mark, user_hand
 from hand.drawing import (
     CURVE_COLOURS, draw_mesh, draw_side, draw_skeleton, figure, label, save_png, sheet)
-from sources import Hands, batches, data_name, hand_for, open_data, read_index
+from sources import (
+    Hands, batches, data_name, hand_for, open_data, parse_data, read_index, scored_split)
 from sources.index import PICTURES, Index, tight_box, unmirror
 from sources.interhand import INTERHAND_TO_OURS
 from sources.loader import to_device
 from sources.judging import LIMITS, Exam, Row, assess
 from sources.pictures import detect_hands, read_image
 from sources.predictors import Net
-from sources.protocols import PROTOCOLS, SUBMIT
+from sources.protocols import PROTOCOLS, SUBMIT, SUBMITTED_PART
 from sources.sheets import best_median_worst, draw_rows
-from sources.stages import stored_config
+from sources.recipes import key_of, recipe, stored_config
 from sources.tables import (
     about_table, differences, gain, markdown, px_compare, score_table, seed_table, write_csv,
     write_results)
@@ -227,19 +230,33 @@ class Asked:
     hand: Mano                               # with the joints that the data set means
 
 
+def check_submission(spec: str, split: str, nets: list[Net], two_pass: bool) -> None:
+    """UserError where no server takes a data set, or its crops could know the truth."""
+    name, part, folder = parse_data(spec)
+    if name not in SUBMIT or split != "test" or len(nets) > 1:
+        raise UserError(f"--submit: no server takes {name} {split}; it can be the test split of "
+                        f"{', '.join(SUBMIT)}, for one run")
+    wanted = SUBMITTED_PART.get(name, part)
+    passes = isinstance(nets[0].cfg, peclr.Config) and not two_pass and name in SUBMITTED_PART
+    if part != wanted or passes:
+        place = f"={folder}" if folder else ""
+        more = " --two-pass" if isinstance(nets[0].cfg, peclr.Config) else ""
+        raise UserError(f"--submit: the first crops must not come from the evaluation's own truth; "
+                        f"give --data {name}:{wanted}{place}{more}")
+
+
 def asked_for(args: argparse.Namespace, flags: Flags, nets: list[Net]) -> Asked:
     """UserError where the data set has no such protocol, or no server takes it."""
     head = nets[0]
     spec = args.data or head.cfg.finetune or head.cfg.data[0]
     name = data_name(spec)
-    split = args.split or ("val" if name in ("coco", "imagenet") else "test")
+    split = args.split or scored_split(spec)
     flags = dataclasses.replace(flags, mano=head.cfg.mano)
     if not args.data:
         flags = dataclasses.replace(flags, root=args.root or head.cfg.root,
                                     backgrounds=head.cfg.backgrounds)
-    if args.submit and (name not in SUBMIT or split != "test" or len(nets) > 1):
-        raise UserError(f"--submit: no server takes {name} {split}; it can be the test split of "
-                        f"{', '.join(SUBMIT)}, for one run")
+    if args.submit:
+        check_submission(spec, split, nets, args.two_pass)
     known = PROTOCOLS.get(name, {})
     if unknown := set(args.protocol) - {"ours", *known}:
         raise UserError(f"--protocol {' '.join(sorted(unknown))}: {name} is judged by "
@@ -307,6 +324,17 @@ def prepared(args: argparse.Namespace) -> list[Net]:
     """The networks to judge; UserError where one cannot do what is asked."""
     paths = [*args.run, args.scratch] if args.scratch else args.run
     nets = [load_net(path, args.mano) for path in dict.fromkeys(paths)]
+    if any(camera < 0 for camera in args.views) or len(set(args.views)) < len(args.views):
+        raise UserError(f"--views {' '.join(map(str, args.views))}: cameras are counted from 0, "
+                        "and none counts twice")
+    if args.views == [0]:
+        raise UserError("--views 0: leaves no camera; one number is how many of the first to take")
+    for net in nets if args.views else ():
+        if net.rig is None:
+            raise UserError(f"--views: {net.method} sees one picture at a time")
+        cameras = tuple(args.views if len(args.views) > 1 else range(args.views[0]))
+        rig = net.rig._replace(views=max(net.rig.views, 1 + max(cameras)), cameras=cameras)
+        net.rig = rig
     for net in nets if args.two_pass else ():
         if not isinstance(net.cfg, peclr.Config):
             raise UserError(f"--two-pass: {net.method} predicts in one pass")
@@ -347,6 +375,7 @@ def folder_for(args: argparse.Namespace, head: Net, asked: Asked) -> Path:
     """--out, or RUN/eval-DATA, or runs/compare-DATA; UserError where it cannot be written."""
     name = asked.spec.partition("=")[0].replace(":", "-")
     name += f"-{asked.split}" * (asked.split != "test") + "-two_pass" * args.two_pass
+    name += f"-views-{'-'.join(map(str, head.rig.cameras))}" if args.views else ""
     alone = len(args.run) == 1
     out = Path(args.out or (head.folder / f"eval-{name}" if alone else f"runs/compare-{name}"))
     try:
@@ -433,7 +462,9 @@ def entry(path: str, protocol: str, asked: Asked, mine: dict[str, Row], suspects
     """What metrics.json says of a run under a protocol; `mine` are its rows and the mean pose."""
     row = next(row for row in mine.values() if row.net)
     n = row.count(f"scored {protocol}")
-    return {"run": path, "split": asked.split, "protocol": protocol, "n": n,
+    rig, V = row.net.rig, len(row.errors) // len(row.exam.data)
+    tested = {"views": list(rig.cameras or range(rig.views))[:V]} if rig else {}
+    return {"run": path, "split": asked.split, "protocol": protocol, "n": n, **tested,
             "left_out": len(row.errors) - n - row.count("absent"),
             "box_source": row.exam.data.box_source, "uses": sorted(row.net.model.USES),
             "rows": {name: one.means(protocol) for name, one in mine.items()},
@@ -535,53 +566,105 @@ def plot_pck(path: Path, rows: dict[str, Row], unit: str) -> None:
 # ---- Curves over runs ----------------------------------------------------------------------------
 
 
-def run_points(path: str, field: str, metric: str) -> list[tuple[str, Any, float]]:
-    """(row, value of the field, metric) of a run's rows, from metrics.json and config.json.
+class Point(NamedTuple):
+    """One number of one run."""
+
+    row: str
+    recipe: dict[str, Any]       # all that it was trained (and tested) with, but for the seed and x
+    x: Any
+    y: float
+
+
+def run_points(path: str, field: str, metric: str) -> list[Point]:
+    """What a finished run says of a metric over a field, from metrics.json and config.json.
 
     The field `epoch` gives the validation errors that the run logged; `labels` the hands learnt
-    from. UserError where the folder holds no run, or nothing that has the field or the metric.
+    from; `views` how many cameras `eval.py --views` tested with. UserError where the folder holds
+    no run, or nothing that has the field or the metric.
     """
-    folder, found = Path(path), []
+    folder = Path(path)
     configs = {file.parent.name.partition("-")[2]: file for stage in ("train", "probe", "finetune")
                for file in sorted(folder.glob(f"{stage}-*/config.json"))}
+    found: list[Point] = []
     try:
         results = json.loads((folder / "metrics.json").read_text())["results"]
         rows = next((r["rows"] for r in results if r["protocol"] == "ours"), results[0]["rows"])
         for row, file in configs.items():
-            if field == "epoch":
+            cfg = json.loads(file.read_text())["cfg"]
+            outputs = (row, "single", "interaction", "fusion")
+            same = recipe(cfg, (field, "label_fraction") if field == "labels" else (field,))
+            if field == "views":
+                found += [Point(name, same | tested, x, y) for name, tested, x, y
+                          in tested_views(folder, metric) if name in outputs]
+            elif field == "epoch":
                 log = (file.parent / "log.jsonl").read_text()
                 lines = [json.loads(line) for line in log.splitlines()]
-                found += [(row, one["epoch"], one[f"val_{metric}"]) for one in lines
-                          if f"val_{metric}" in one and "epoch" in one]
-                continue
-            cfg = json.loads(file.read_text())["cfg"]
-            x = load_net(path).mean["labels"] if field == "labels" else cfg.get(field)
-            mine = (row, "single", "interaction", "fusion")
-            found += [(name, x, one[metric]) for name, one in rows.items()
-                      if name in mine and metric in one and x is not None]
+                found += [Point(row, same, line["epoch"], line[f"val_{metric}"]) for line in lines
+                          if f"val_{metric}" in line and "epoch" in line]
+            else:
+                x = load_net(path).mean["labels"] if field == "labels" else cfg.get(field)
+                x = " ".join(map(str, x)) if isinstance(x, list) else x
+                found += [Point(name, same, x, one[metric]) for name, one in rows.items()
+                          if name in outputs and metric in one and x is not None]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"{folder}: is not the folder of a finished run "
                         f"({type(error).__name__}: {error})") from None
     if not found:
         raise UserError(f"{folder}: no row has the field {field!r} in config.json and {metric!r} "
-                        "in metrics.json")
+                        "in metrics.json" + "; judge it with --views first" * (field == "views"))
     return found
+
+
+def tested_views(folder: Path, metric: str) -> list[tuple[str, dict[str, Any], int, float]]:
+    """(row, what was tested, number of cameras, metric) of a run's judgements: HaMuCo, Fig. 3 b.
+
+    Cameras other than the first ones are another test, and so another line.
+    """
+    found = []
+    for file in sorted(folder.glob("eval-*/metrics.json")):
+        content = json.loads(file.read_text())
+        for one in content["results"]:
+            if one["protocol"] == "ours" and "views" in one:
+                first = one["views"] == list(range(len(one["views"])))
+                tested = {"tested on": f"{content['data']} {one['split']}",
+                          "cameras": "the first" if first else str(one["views"])}
+                found += [(name, tested, len(one["views"]), row[metric])
+                          for name, row in one["rows"].items() if metric in row]
+    return found
+
+
+def lines_of(points: list[Point]) -> dict[str, dict[Any, list[float]]]:
+    """Points as lines {name: {x: values}}; only runs that differ in nothing but the seed share one.
+
+    Where rows of one name are several lines, the name says in what they differ.
+    """
+    alike: dict[str, dict[str, dict[str, Any]]] = {}
+    for point in points:
+        alike.setdefault(point.row, {})[key_of(point.recipe)] = point.recipe
+    lines: dict[str, dict[Any, list[float]]] = {}
+    for point in points:
+        recipes = alike[point.row].values()
+        options = dict.fromkeys(option for one in recipes for option in one)
+        apart = [f"{option} {point.recipe.get(option)}" for option in options
+                 if len({key_of({"": one.get(option)}) for one in recipes}) > 1]
+        name = point.row + f" ({', '.join(apart)})" * bool(apart)
+        lines.setdefault(name, {}).setdefault(point.x, []).append(point.y)
+    return lines
 
 
 def draw_curve(args: argparse.Namespace) -> None:
     """Error over a field, a line a row: the mean of its runs, bars from least to most."""
-    points: dict[str, dict[Any, list[float]]] = {}
-    for path in args.run:
-        for row, x, y in run_points(path, args.curve, args.metric):
-            points.setdefault(row, {}).setdefault(x, []).append(y)
+    points = [point for path in dict.fromkeys(args.run)
+              for point in run_points(path, args.curve, args.metric)]
+    lines = lines_of(points)
     out = Path(args.out or f"runs/curve-{args.curve}")
     out.mkdir(parents=True, exist_ok=True)
-    every = {x for line in points.values() for x in line}
+    every = {point.x for point in points}
     values = sorted(every, key=lambda x: (isinstance(x, str), x))
-    numbers = not any(isinstance(x, (str, bool, list)) for x in values)
+    numbers = not any(isinstance(x, (str, bool)) for x in values)
     where = {x: x if numbers else k for k, x in enumerate(values)}
     with figure(out / "curve.png") as axis:
-        for name, line in points.items():
+        for name, line in lines.items():
             xs = [x for x in values if x in line]
             ys = np.array([np.mean(line[x]) for x in xs])
             reach = np.array([[y - min(line[x]), max(line[x]) - y] for x, y in zip(xs, ys)]).T
@@ -591,14 +674,14 @@ def draw_curve(args: argparse.Namespace) -> None:
             axis.set_xticks(list(where.values()), [str(x) for x in values])
         axis.set(xlabel=args.curve.replace("_", " "), ylabel=args.metric.replace("_", " "))
         axis.legend(fontsize=8)
-    lines = [[name, *(f"{np.mean(line[x]):.2f} (n {len(line[x])})" if x in line else "-"
-                      for x in values)] for name, line in points.items()]
-    text = markdown([f"{args.metric} over {args.curve}", *map(str, values)], lines)
+    cells = [[name, *(f"{np.mean(line[x]):.2f} (n {len(line[x])})" if x in line else "-"
+                      for x in values)] for name, line in lines.items()]
+    text = markdown([f"{args.metric} over {args.curve}", *map(str, values)], cells)
     say(text if len(values) <= 20 else f"{len(values)} values of {args.curve}")
     (out / "curve.md").write_text(text + "\n")
     with open(out / "curve.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["row", args.curve, args.metric]] + [
-            [name, x, y] for name, line in points.items() for x in line for y in line[x]])
+        csv.writer(file).writerows([["row", args.curve, args.metric], *(
+            [name, x, y] for name, line in lines.items() for x in line for y in line[x])])
     say(f"wrote {out}/curve.png, curve.md, curve.csv")
 
 
@@ -857,10 +940,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--sheet", action="store_true",
         help="sheet.png: the same samples for the truth and all runs")
     add("--curve", default="", metavar="FIELD",
-        help="draw --metric over an option, `epoch` or `labels`")
+        help="draw --metric over an option, `epoch`, `labels` or the tested `views`")
     add("--metric", default="mpjpe_mm", metavar="NAME", help="of --curve (default mpjpe_mm)")
     add("--images", default="", metavar="DIR|FILE", help="predict your own photos")
     add("--obj", action="store_true", help="with --images: write each hand's mesh")
+    add("--views", nargs="+", type=int, default=[], metavar="N",
+        help="HaMuCo: test with the first N cameras, or with those of several numbers (0 2 5)")
     add("--submit", action="store_true",
         help=f"write the server's or tool kit's file: {', '.join(SUBMIT)}")
     add("--two-pass", action="store_true",

@@ -84,7 +84,8 @@ from sources.judging import LIMITS, Exam, Row, assess, predictions, shares_withi
 from sources.loader import gather
 from sources.predictors import Predictor, outputs
 from sources.sheets import best_median_worst, draw_rows
-from sources.stages import mean_hand, stored_config
+from sources.recipes import stored_config
+from sources.stages import mean_hand
 from sources.tables import table, write_results
 
 import torch
@@ -1258,6 +1259,8 @@ def checked(cfg: Config, given: set[str]) -> Config:
         for name in sorted(IDLE.get(variant, set()) & (given | set(cfg.variant))):
             flag = f"variant {name}" if name in VARIANTS else name.replace("_", "-")
             raise UserError(f"--{flag}: does nothing beside --variant {variant}")
+    if cfg.row:
+        raise UserError("--row: HaMuCo's rows are named after its outputs and --variant")
     if cfg.finetune:
         raise UserError("--finetune: HaMuCo has one stage, training on 2D labels of --data")
     if cfg.label_fraction != 1:

@@ -104,7 +104,8 @@ from common import (
 from hand.drawing import draw_skeleton, sheet
 from sources import Source, batches, hand_for, open_data, training_steps
 from sources.photos import cut_photos
-from sources.stages import keep_best, launch, mean_hand, probe_error, report, row_name
+from sources.recipes import row_name
+from sources.stages import keep_best, launch, mean_hand, probe_error, report
 
 import torch
 import torch.nn.functional as F
@@ -1223,7 +1224,7 @@ def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
         report(cfg, out, list(inits), device, build, stored_side(cfg), MARGIN)
     elif given.get("finetune"):
         cfg = configure(given, "finetune")
-        row = "-".join((row_name(cfg.init), *cfg.variant))
+        row = cfg.row or "-".join((row_name(cfg.init), *cfg.variant))
         finetune(cfg, out, row, device)
         report(cfg, out, [row], device, build, stored_side(cfg), MARGIN)
     else:

@@ -81,7 +81,8 @@ from common import (
     transform, translation, uniform, view_intrinsics, warp, world)
 from hand.drawing import draw_skeleton, label, picture, sheet
 from sources import Source, batches, open_data, training_steps
-from sources.stages import keep_best, launch, mean_hand, report, row_name
+from sources.recipes import row_name
+from sources.stages import keep_best, launch, mean_hand, report
 
 import torch
 import torch.nn.functional as F
@@ -926,7 +927,7 @@ def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
         report(cfg, out, list(inits), device, build, stored_side(cfg), MARGIN)
     elif given.get("finetune"):
         cfg = finetune_config(given)
-        row = row_name(cfg.init)
+        row = row_name(cfg.init, cfg.row)
         finetune(cfg, out, row, device)
         report(cfg, out, [row], device, build, stored_side(cfg), MARGIN)
     else:

@@ -79,7 +79,8 @@ from common import (
     say, settle, steps_per_epoch, transform, translation, uniform, unwrapped, warp)
 from hand.drawing import draw_skeleton, sheet
 from sources import Source, batches, hand_for, open_data, training_steps
-from sources.stages import keep_best, launch, mean_hand, probe_error, report, row_name
+from sources.recipes import row_name
+from sources.stages import keep_best, launch, mean_hand, probe_error, report
 
 import torch
 from torch import Tensor, nn
@@ -754,7 +755,7 @@ def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
     given = remember(out, recall(given | {"out": str(out)}))
     if given.get("finetune") and not given.get("quick"):
         cfg = settle(Config, given, "finetune", QUICK)
-        rows = [row_name(cfg.init)]
+        rows = [row_name(cfg.init, cfg.row)]
         finetune(cfg, out, rows[0], device)
         report(cfg, out, rows, device, build, stored_side(cfg), MARGIN)
         return
@@ -763,12 +764,11 @@ def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
     if not given.get("quick"):
         return
     target = given.get("finetune") or cfg.data[0]
-    rows = []
-    for init in ("random", str(out / "backbone.pt")):
+    inits = {"scratch": "random", "-".join((METHOD, *cfg.variant)): str(out / "backbone.pt")}
+    for row, init in inits.items():
         cfg = settle(Config, given | {"init": init, "finetune": target}, "finetune", QUICK)
-        rows.append(row_name(init))
-        finetune(cfg, out, rows[-1], device)
-    report(cfg, out, rows, device, build, stored_side(cfg), MARGIN)
+        finetune(cfg, out, row, device)
+    report(cfg, out, list(inits), device, build, stored_side(cfg), MARGIN)
 
 
 def main(argv: list[str] | None = None) -> None:

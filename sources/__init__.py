@@ -49,7 +49,7 @@ from typing import NamedTuple, Protocol
 from common import Mano, UserError, permutation, say
 from hand import both_hands, user_hand
 from sources import cameras, coco, dexycb, folder, freihand, hanco, ho3d, interhand, yt3d
-from sources.hands import Hands, Views
+from sources.hands import Cameras, Hands, Views
 from sources.index import Index, Joints
 from sources.loader import Joined, Rows, Source, Targets, batches, training_steps
 from sources.synthetic import Cached, Synthetic
@@ -59,7 +59,7 @@ import torch
 
 __all__ = ["DATA_NAMES", "Hands", "Index", "Joined", "Joints", "Rig", "Rows", "Source", "Targets",
            "Views", "batches", "data_name", "hand_for", "joints_of", "open_data", "parse_data",
-           "read_index", "training_steps"]
+           "read_index", "scored_split", "training_steps"]
 
 # An index function reads one official layout into an `Index`: columns of numbers and picture paths,
 # one row a hand. `Hands` turns any Index into samples.
@@ -83,10 +83,11 @@ class Options(Protocol):
 
 
 class Rig(NamedTuple):
-    """How multi-view samples are asked for; the last two are the noise of synthetic labels."""
+    """How multi-view samples are asked for; two are the noise of rendered labels."""
     views: int = 1                  # V, the first cameras; samples get a leading axis V
     outliers: float = 0.1           # see Synthetic
     detector: float = 1.0
+    cameras: tuple[int, ...] = ()   # which of these, in this order; all where none is named
 
 
 # ---- Names ---------------------------------------------------------------------------------------
@@ -122,6 +123,17 @@ def hand_for(spec: str, mano: str) -> Mano:
     """
     joints = joints_of(spec)
     return Mano(user_hand(mano)[0], joints.tips, regressed=joints.regressed)
+
+
+def scored_split(spec: str) -> str:
+    """The split of NAME[:PART][=DIR] that is scored where none is asked for: test, or else val.
+
+    That is so where a data set has no test split, and where a paper's table is about another one.
+    """
+    name, part, _ = parse_data(spec)
+    known = DATA_SETS.get(name)
+    other = known and ("test" not in known.splits or part in known.scored_on_val)
+    return "val" if other else "test"
 
 
 # ---- Opening -------------------------------------------------------------------------------------
@@ -192,9 +204,10 @@ def _rendered(cfg: Options, spec: str, split: str, size: int, margin: float, rig
                      domain="A" if part in ("", "calm") else part, margin=margin,
                      outliers=rig.outliers, detector=rig.detector)
     if device is None:
-        return Cached(data, Path(cfg.cache))
-    data.move(device)
-    return data
+        data = Cached(data, Path(cfg.cache))
+    else:
+        data.move(device)
+    return Cameras(data, rig.cameras) if rig.cameras and rig.views > 1 else data
 
 
 def _read(cfg: Options, spec: str, split: str, size: int, margin: float, labelled: bool,
@@ -220,7 +233,7 @@ def _read(cfg: Options, spec: str, split: str, size: int, margin: float, labelle
     say(index.summary())
     if rig is None or "camera" not in index.columns:
         return Hands(index, size, margin)
-    data = Views(Hands(index, size, margin), rig.views)
+    data = Views(Hands(index, size, margin), rig.views, rig.cameras)
     say(f"{name}: {len(data):,} moments of up to {rig.views} cameras, "
         f"{int((data.rows < 0).sum()):,} of their pictures missing")
     return data

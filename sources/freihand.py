@@ -174,7 +174,8 @@ def _mesh_trans(pose: np.ndarray, shape: np.ndarray, verts: np.ndarray, joints: 
     return tuple(torch.cat(part).numpy() for part in zip(*found))
 
 
-FREIHAND = DataSet(index_freihand, joints=JOINTS)
+FREIHAND = DataSet(index_freihand, joints=JOINTS,
+                   scored_on_val=("90", "90-gs"))                          # PeCLR, Tab. 1
 
 
 # ---- Official protocol ---------------------------------------------------------------------------

@@ -140,13 +140,13 @@ def _numbers(columns: dict[str, np.ndarray], row: int, size: tuple) -> dict[str,
 class Views(Source):
     """Synchronised pictures as one sample (V, ...): `Hands` with columns moment, camera, cameras.
 
-    Slot v is the data set's v-th camera. A moment without that picture has a black one there, NaN
+    Slot v is the data set's v-th camera, or the v-th of `cameras`. A moment without that picture has a black one there, NaN
     and False, and view_ok (V,) False; moments without any picture are not there. cameras (V, 4, 4)
     is world to camera, in the data set's unit of length; left hands are mirrored with their
     cameras.
     """
 
-    def __init__(self, hands: Hands, views: int):
+    def __init__(self, hands: Hands, views: int, cameras: tuple[int, ...] = ()):
         self.hands = hands
         self.name = hands.name
         self.box_source = hands.box_source
@@ -156,6 +156,10 @@ class Views(Source):
         keep = columns["camera"] < views
         rows = np.full((len(moments), views), -1)
         rows[row[keep], columns["camera"][keep]] = np.flatnonzero(keep)
+        if cameras:
+            if max(cameras) >= views:
+                raise UserError(f"{self.name}: has {views} cameras, from 0 on, so no {max(cameras)}")
+            rows = rows[:, list(cameras)]
         self.rows = rows[(rows >= 0).any(1)]
 
     def __len__(self) -> int:
@@ -205,3 +209,35 @@ class Views(Source):
                       "has": has | {"cameras": bool(np.isfinite(M).any())},
                       "side": str(index.columns["side"][row]), "box_source": self.box_source,
                       "id": str(index.columns["moment"][row])}
+
+
+class Cameras(Source):
+    """Some cameras of a source whose samples have a view axis, in the order given."""
+
+    def __init__(self, data: Source, cameras: tuple[int, ...]):
+        self.data = data
+        self.cameras = list(cameras)
+        self.name = data.name
+        self.box_source = data.box_source
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def batches(self, plan: list[Tensor], device: torch.device, workers: int) -> Iterator[dict]:
+        """See `Source`."""
+        for batch in self.data.batches(plan, device, workers):
+            yield self._some(batch)
+
+    def targets(self, rows: Tensor) -> dict:
+        """See `Source`."""
+        return self._some(self.data.targets(rows))
+
+    def gives(self, key: str) -> bool:
+        """See `Source`."""
+        return self.data.gives(key)
+
+    def _some(self, batch: dict) -> dict:
+        """Without the other cameras, in every tensor that has a place for each."""
+        views = batch["view_ok"].shape
+        return {key: x[:, self.cameras] if isinstance(x, Tensor) and x.shape[:2] == views else x
+                for key, x in batch.items()}

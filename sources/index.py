@@ -33,6 +33,7 @@ class DataSet(NamedTuple):
     index: Callable[..., Index]                         # (root, split, ...) -> Index
     splits: tuple[str, ...] = ("train", "val", "test")
     joints: Joints = Joints()
+    scored_on_val: tuple[str, ...] = ()                 # parts whose val a paper's table is about
 
 
 @dataclass

@@ -9,13 +9,13 @@ import math
 from collections.abc import Iterator
 
 # common before torch: it settles how threads wait
-from common import Flags, Mano, epe, mpjpe, pa_mpjpe, rank, score, world
+from common import ROOT, Flags, Mano, epe, mpjpe, pa_mpjpe, rank, score, world
 from sources import Source, batches, data_name
 from sources.index import unmirror
 from sources.interhand import mrrpe
 from sources.loader import gather
 from sources.predictors import (
-    Net, Prediction, Predictor, answer, as_pictures, blind, facts, hidden, redefined)
+    Net, Prediction, Predictor, answer, as_pictures, blind, facts, hidden, redefined, root_of)
 from sources.protocols import Protocol
 from sources.tally import Tally
 
@@ -215,7 +215,9 @@ def _keep(f: dict, exam: Exam) -> dict[str, Tensor]:
     part: dict[str, Tensor] = {}
     if exam.submit:
         sides = ["left" if left else "right" for left in f["left"].tolist()]
-        placed = {"joints": f["camera"]} | ({"verts": f["verts"]} if "verts" in f else {})
+        root = root_of(f["pred"], f["batch"], f["columns"], truth=False)
+        moved = (root - f["joints"][:, ROOT])[:, None]
+        placed = {key: f["pred"][key] + moved for key in ("joints", "verts") if key in f["pred"]}
         part = unmirror(placed, sides)
     if "interhand" in exam.protocols and "root_error" in f:
         part |= {"root_error": f["root_error"], "left": f["left"]}

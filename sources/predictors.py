@@ -67,7 +67,7 @@ def outputs(pred: dict, row: str) -> dict[str, Prediction]:
     A network with several named outputs has a row for each, NAME or NAME-VARIANT; a view axis joins
     the first.
     """
-    if any(isinstance(one, dict) for one in pred.values()):
+    if all(isinstance(one, dict) for one in pred.values()):
         variant = "-" * ("-" in row) + row.partition("-")[2]
         return {name + variant: hand for key, one in pred.items()
                 for name, hand in outputs(one, key).items()}
@@ -131,6 +131,25 @@ def hidden(x: Tensor, where: Tensor) -> Tensor:
     return x.masked_fill(where.view(-1, *[1] * (x.dim() - 1)), math.nan)
 
 
+def root_of(pred: Prediction, batch: dict, columns: dict[str, np.ndarray], truth: bool = True
+            ) -> Tensor:
+    """Where a prediction's wrist is in the camera's frame, (N, 3) m.
+
+    Where the network says; else where the data set does, or with `truth` the true joints; else
+    where it must be to be seen at the predicted key points.
+    """
+    joints = pred["joints"]
+    known = batch["joints"][:, ROOT] if truth else torch.full_like(joints[:, ROOT], math.nan)
+    if "root" in columns:                              # all that HO3D tells of its test set
+        known = torch.as_tensor(columns["root"]).to(joints)
+    root = pred.get("root", known)
+    lost = ~root.isfinite().all(-1)
+    if lost.any() and "uv" in pred and "image" in batch:
+        seen = joints[:, ROOT] + place(joints, pred["uv"], view_intrinsics(batch))
+        root = torch.where(lost[:, None], seen, root)
+    return root
+
+
 def facts(pred: Prediction, batch: dict, columns: dict[str, np.ndarray]) -> dict:
     """Prediction and truth of some pictures side by side, as the protocols read them.
 
@@ -142,15 +161,7 @@ def facts(pred: Prediction, batch: dict, columns: dict[str, np.ndarray]) -> dict
     """
     R_true = axis_angle_to_matrix(batch["pose"].unflatten(-1, (16, 3)))
     joints, back = pred["joints"], invert(batch["crop"].double())
-    known = batch["joints"][:, ROOT]
-    if "root" in columns:                              # all that HO3D tells of its test set
-        known = torch.as_tensor(columns["root"]).to(joints)
-    root = pred.get("root", known)
-    lost = ~root.isfinite().all(-1)
-    if lost.any() and "uv" in pred and "image" in batch:
-        seen = joints[:, ROOT] + place(joints, pred["uv"], view_intrinsics(batch))
-        root = torch.where(lost[:, None], seen, root)
-    moved = (root - joints[:, ROOT])[:, None]
+    moved = (root_of(pred, batch, columns) - joints[:, ROOT])[:, None]
     uv = pred.get("uv", torch.full_like(batch["uv"], math.nan))
     found = {"joints": joints, "true": batch["joints"], "ok": batch["joints_ok"],
              "camera": joints + moved, "visible": batch["visible"],

@@ -28,3 +28,4 @@ PROTOCOLS: dict[str, dict[str, Protocol]] = {
 # (folder, index, {"joints": (N, 21, 3) m, perhaps "verts": (N, 778, 3)}) -> the file, un-mirrored
 SUBMIT: dict[str, Callable[[Path, Index, dict[str, Tensor]], Path]] = {
     "freihand": freihand.submit_freihand, "ho3d": ho3d.submit_ho3d, "dexycb": dexycb.submit_dexycb}
+SUBMITTED_PART = {"freihand": "centre"}           # of others, crops may know the evaluation's truth

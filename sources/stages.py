@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +14,11 @@ from common import (
     start, summarise)
 from hand import hand_mark
 from hand.drawing import curve
-from sources import Source, Targets, batches, data_name, hand_for, open_data
+from sources import Source, Targets, batches, data_name, hand_for, open_data, scored_split
 from sources.judging import Exam, Row, assess, predictions
 from sources.loader import gather
 from sources.predictors import Net
+from sources.recipes import origin, stored_config
 from sources.sheets import best_median_worst, draw_rows
 from sources.synthetic import Cached, Synthetic
 from sources.tables import STAGE, Means, gain, table, write_results
@@ -44,35 +44,6 @@ def launch(Config: type, method: str, argv: list[str] | None, about: str, quick:
     name = f"finetune-{data_name(cfg.finetune)}" if cfg.finetune else name
     with open_out(cfg.out, f"runs/{method}-{name}{'-quick' * cfg.quick}", cfg.resume) as out:
         run_stages(given, out, device)
-
-
-def row_name(init: str) -> str:
-    """What a fine-tuned row is called: scratch, the method that made --init, or the file's name."""
-    if init == "random":
-        return "scratch"
-    file = Path(init)
-    made = {p.name.removeprefix("pretrain-") for p in file.parent.glob("pretrain-*")}
-    named = {name for name in made if (file.parent / f"backbone-{name}.pt").is_file()}
-    left = made - named if file.name == "backbone.pt" else ()
-    return left.pop() if len(left) == 1 else file.stem.removeprefix("backbone-")
-
-
-def origin(init: str) -> str:
-    """Where a row's first weights come from, back to the beginning: for the line below a table."""
-    if init == "random":
-        return "random weights"
-    log = Path(init).parent / f"pretrain-{row_name(init)}" / "config.json"
-    if not log.is_file():
-        return init
-    cfg = json.loads(log.read_text())["cfg"]
-    return f"{init}, pre-trained on {' '.join(cfg['data'])} from {origin(cfg['init'])}"
-
-
-def stored_config(Config: type, stored: dict[str, Any]) -> Any:
-    """The Config that a checkpoint keeps as a plain dict, without options of other versions."""
-    known = {field.name for field in dataclasses.fields(Config)}
-    return Config(**{name: tuple(value) if isinstance(value, list) else value
-                     for name, value in stored.items() if name in known})
 
 
 def mean_hand(data: Targets, most: int = 16384) -> dict[str, Any]:
@@ -168,7 +139,7 @@ def keep_best(run: Run, epoch: int, val: Any, cfg: Any, device: torch.device, ab
 
 def report(cfg: Any, out: Path, names: list[str], device: torch.device,
            build: Callable[[Any], nn.Module], side: int, margin: float) -> None:
-    """Score the best checkpoint of each row on the test split: table, metrics.json, pictures.
+    """Score the best checkpoint of each row on the `scored_split`: table, metrics.json, pictures.
 
     A row's networks are OUT/finetune-NAME and, with scores that end in _frozen, OUT/probe-NAME.
     OUT/finetune.pt is the last row's, the fine-tuned one where there are both.
@@ -179,9 +150,10 @@ def report(cfg: Any, out: Path, names: list[str], device: torch.device,
     *_, last = found.values()
     if rank() == 0:
         save_checkpoint(out / "finetune.pt", last)                  # whatever the test split holds
-    test = open_data(cfg, (cfg.finetune,), "test", side, margin, device)
+    split = scored_split(cfg.finetune)
+    test = open_data(cfg, (cfg.finetune,), split, side, margin, device)
     if not len(test):
-        say(f"wrote {out}/finetune.pt; {cfg.finetune} has no test split, so nothing was scored")
+        say(f"wrote {out}/finetune.pt; {cfg.finetune} has no {split} split, so nothing was scored")
         return
     exam = Exam(test, cfg.finetune, hand_for(cfg.finetune, cfg.mano), device, cfg.workers)
     rows: dict[str, Row] = {}
@@ -197,7 +169,7 @@ def report(cfg: Any, out: Path, names: list[str], device: torch.device,
                         for metric, value in judged[name].means().items()}
     means["mean_pose"] = judged["mean_pose"].means()
     if rank() == 0:
-        _conclude(cfg, out, exam, rows[names[-1]], means)
+        _conclude(cfg, out, exam, rows[names[-1]], means, split)
         for name in names:
             init = next(c["cfg"]["init"] for (other, _), c in found.items() if other == name)
             say(f"{name}: from {origin(init)}")
@@ -205,7 +177,7 @@ def report(cfg: Any, out: Path, names: list[str], device: torch.device,
                           for name, stage in found})
 
 
-def _conclude(cfg: Any, out: Path, exam: Exam, row: Row, means: Means) -> None:
+def _conclude(cfg: Any, out: Path, exam: Exam, row: Row, means: Means, split: str) -> None:
     """Print the table and what belongs beside it, and write metrics.json; `row` is the last one."""
     n = row.count("scored ours")
     left_out, uses = len(row.errors) - n, sorted(row.net.model.USES)
@@ -213,11 +185,12 @@ def _conclude(cfg: Any, out: Path, exam: Exam, row: Row, means: Means) -> None:
         say("scratch: not run (--finetune without --init)")
     say("\n" + table(means, STAGE))
     better = gain(means, "mean_pose")
-    say(f"{n:,} test samples scored, {left_out} left out; MPJPE is wrist-rooted; one seed "
-        f"({cfg.seed}); {row.net.millions} parameters; boxes from {exam.data.box_source}; the "
+    chosen = " (the epoch was chosen on them)" * (split == "val")
+    say(f"{n:,} {split} samples scored{chosen}, {left_out} left out; MPJPE is wrist-rooted; one "
+        f"seed ({cfg.seed}); {row.net.millions} parameters; boxes from {exam.data.box_source}; the "
         f"network sees {', '.join(uses)}" + f"; {better}" * bool(better))
     write_results(out / "metrics.json", cfg.finetune, {
-        "run": out.name, "protocol": "ours", "n": n, "left_out": left_out,
+        "run": out.name, "split": split, "protocol": "ours", "n": n, "left_out": left_out,
         "box_source": exam.data.box_source, "uses": uses, "rows": means})
 
 

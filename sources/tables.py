@@ -15,6 +15,7 @@ from typing import Any
 from common import UserError
 from sources import data_name
 from sources.judging import Row
+from sources.recipes import key_of, recipe
 from sources.tally import interval, is_mean
 
 import numpy as np
@@ -26,10 +27,6 @@ MAIN = ("mpjpe_mm", "pa_mpjpe_mm", "abs_mpjpe_mm", "n_mpjpe_mm", "auc", "mpvpe_m
 STAGE = ("mpjpe_mm", "pa_mpjpe_mm", "auc", "mpvpe_mm", "pa_mpvpe_mm", "f_5", "f_15",
          "epe_2d_px_crop", "mpjpe_mm_frozen", "pa_mpjpe_mm_frozen", "epe_2d_px_crop_frozen")
 ABOUT = ("parameters", "images/s, batch 1", "images/s, batch 64", "labels", "seed", "keys given")
-
-# Options that make no run another recipe.
-PLAIN = {"seed", "out", "init", "resume", "workers", "device", "cache", "save_minutes", "root",
-         "compile"}
 
 Means = dict[str, dict[str, float]]                # {row: {metric: number}}
 
@@ -131,18 +128,13 @@ def differences(rows: dict[str, Row], protocol: str, base: str, spec: str) -> st
     return text if lines else ""
 
 
-def recipe(cfg: Any) -> str:
-    """What a run was trained with, but for its seed and what changes no number."""
-    options = {key: x for key, x in dataclasses.asdict(cfg).items() if key not in PLAIN}
-    return json.dumps(options, default=str)
-
-
 def seed_groups(rows: dict[str, Row]) -> dict[str, list[str]]:
     """Rows whose runs differ in nothing but the seed, two or more: {what to call them: names}."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name, row in rows.items():
         if row.net:
-            groups.setdefault((row.output, recipe(row.net.cfg)), []).append(name)
+            key = key_of(recipe(dataclasses.asdict(row.net.cfg)))
+            groups.setdefault((row.output, key), []).append(name)
     return {f"{output}, {len(names)} seeds": names for (output, _), names in groups.items()
             if len({rows[name].net.cfg.seed for name in names}) > 1}
 
