@@ -1266,6 +1266,29 @@ def open_out(out: str, default: str, resume: bool) -> Iterator[Path]:
         raise
 
 
+def recall(given: dict[str, Any]) -> dict[str, Any]:
+    """On --resume the flags that OUT/flags.json keeps, those given now winning; else `given`."""
+    path = Path(given.get("out", "")) / "flags.json"
+    if not given.get("resume") or not path.is_file():
+        return given
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error}); give the run's flags again") from None
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()} | given
+
+
+def remember(out: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Write a run's explicit flags to OUT/flags.json, for `recall`; returns them."""
+    barrier()                                          # all have read before one writes
+    if rank() == 0:
+        kept = {k: v for k, v in given.items() if k not in ("resume", "out")}
+        partial = out / f".flags.json.{os.getpid()}"
+        partial.write_text(json.dumps(kept) + "\n")
+        partial.replace(out / "flags.json")
+    return given
+
+
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint atomically: a reader sees the old file or the new one, never a part."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -1274,6 +1297,11 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def cpu_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's weights, on the CPU, contiguous: what a file of weights holds."""
+    return {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
 
 
 def load_checkpoint(path: str | Path) -> Any:
@@ -1345,6 +1373,18 @@ def world() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
+def barrier() -> None:
+    """Wait for all processes."""
+    if world() > 1:
+        torch.distributed.barrier()
+
+
+def say(text: str) -> None:
+    """Print a line, from one process only, without tearing a progress bar."""
+    if rank() == 0:
+        tqdm.write(text)
+
+
 def start(device: str) -> torch.device:
     """Choose the device; under torchrun also join the process group (gloo on CPU, nccl on CUDA)."""
     if device == "auto":
@@ -1380,6 +1420,13 @@ def share(batch_size: int, micro_batch: int) -> range:
                         f"--micro-batch); take {', '.join(map(str, good))} processes")
     mine = count // world()
     return range(rank() * mine, (rank() + 1) * mine)
+
+
+def steps_per_epoch(n: int, batch_size: int) -> int:
+    """Whole batches in an epoch; at least one, for which samples are then taken again."""
+    if n < 1:
+        raise UserError("the data set is empty: no sample is left to train on")
+    return max(1, n // batch_size)
 
 
 def parallel(model: nn.Module, device: torch.device, compile: bool) -> nn.Module:
@@ -1462,54 +1509,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
 
 
-# Batches
-
-
-def steps_per_epoch(n: int, batch_size: int) -> int:
-    """Whole batches in an epoch; at least one, for which samples are then taken again."""
-    if n < 1:
-        raise UserError("the data set is empty: no sample is left to train on")
-    return max(1, n // batch_size)
-
-
-def say(text: str) -> None:
-    """Print a line, from one process only, without tearing a progress bar."""
-    if rank() == 0:
-        tqdm.write(text)
-
-
-def cpu_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's weights, on the CPU, contiguous: what a file of weights holds."""
-    return {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-
-
-def barrier() -> None:
-    """Wait for all processes."""
-    if world() > 1:
-        torch.distributed.barrier()
-
-
-def recall(given: dict[str, Any]) -> dict[str, Any]:
-    """On --resume the flags that OUT/flags.json keeps, those given now winning; else `given`."""
-    path = Path(given.get("out", "")) / "flags.json"
-    if not given.get("resume") or not path.is_file():
-        return given
-    try:
-        stored = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: is damaged ({error}); give the run's flags again") from None
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()} | given
-
-
-def remember(out: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """Write a run's explicit flags to OUT/flags.json, for `recall`; returns them."""
-    barrier()                                          # all have read before one writes
-    if rank() == 0:
-        kept = {k: v for k, v in given.items() if k not in ("resume", "out")}
-        partial = out / f".flags.json.{os.getpid()}"
-        partial.write_text(json.dumps(kept) + "\n")
-        partial.replace(out / "flags.json")
-    return given
+# A run
 
 
 class Run:
