@@ -38,18 +38,18 @@ Differs from the paper ("authors' code" and their logs: github.com/Mine268/TI-Ne
     `relu-decoder` ends in BatchNorm and ReLU as the code does (resnet/resnet.py @078cab41).
 12. Reconstruction is the mean over every encoded picture (authors' code). Alg. 1 sums over H, R and
     HR; `reconstruct-3` takes the mean over these, with the angles of line 4.
-13. Schedule. The paper has AdamW, 50 epochs, batch 68 and base rate 1.5e-3. Betas, weight decay
-    0.05, clip 5 and rate = base x batch / 256 are the code's and its logs'. Those do not agree on
-    the rate: the method's own log (sl4) has base 1.5e-4, an earlier variant's (sll) the constant
-    rate 1.5e-3 x 378 / 256. One epoch of warm-up (at most a tenth of the run) and a cosine are
-    ours. Crops keep 0.4 to 1 of the stored square, and 10 cuts them 1.4 times tighter; ImageNet is
-    stored as its pictures' centre squares, so of a 4 : 3 picture a crop keeps 0.3 or more.
-    `authors-crops` keeps 0.2 to 1 and turns the source too.
+13. Schedule. The paper has AdamW, 50 epochs, batch 68, base rate 1.5e-3; betas, decay 0.05, clip 5
+    and rate = base x batch / 256 are the code's and its logs'. The logs disagree on the rate: the
+    method's own (sl4) has base 1.5e-4, an earlier variant's (sll) the constant rate 1.5e-3 x 378 /
+    256. One epoch of warm-up, at most a tenth of the run by default, and a cosine are ours. Crops
+    keep 0.4 to 1 of the stored square, and 10 cuts them 1.4 times tighter; ImageNet's pictures are
+    stored as their centre squares, so a crop keeps 0.3 or more of a 4 : 3 picture. `authors-crops`
+    keeps 0.2 to 1 and turns the source too.
 14. Fine-tuning. The paper has the crop, three layers and MANO's pose. The rest is the authors' log
-    (logs/23-20241016-1): L1 on rotation matrices, constant rate 7.5e-4, batch 128, 120 epochs and
-    no decay. We start the last layer at zero and at the training set's mean pose, and add shape and
-    a weak-perspective camera, read from detached features, so that pictures can be drawn. Where a
-    data set has joints but no pose, L1 on rooted joints, 10 a metre, stands in.
+    (logs/23-20241016-1): L1 on rotation matrices, constant rate 7.5e-4, batch 128, 120 epochs, no
+    decay. We start the last layer at zero and at the training set's mean pose, and add shape and a
+    weak-perspective camera, read from detached features, to draw pictures. Where there are joints
+    but no pose, L1 on rooted joints, 10 a metre, stands in.
 15. Limit (ours). Eq. 3 is T_R(v; a) = A v + b(a): A does not know the angle. If it holds exactly on
     pictures and their turned copies, a = 0 says A u = u for differences u of latents, so T_R(v; a)
     = v + c(a) with one c for all; n turns give v + n c(a), which stays bounded only for c = 0.
@@ -117,7 +117,7 @@ VARIANTS = {
 QUICK = {
     "pretrain": dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, epochs=1,
                      batch_size=64, micro_batch=64, samples=2240, decoder_width=32, probe_every=0,
-                     warmup_epochs=0.1, workers=0),
+                     workers=0),
     "finetune": dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, epochs=6,
                      batch_size=64, micro_batch=64, samples=2240, workers=0)}
 
@@ -330,8 +330,7 @@ class Operators(nn.Module):
 
 
 class Decoder(nn.Sequential):
-    """D_aux: a transposed convolution for each halving of the encoder; map -> normalised picture.
-    """
+    """D_aux: a transposed convolution for each halving of the encoder; map -> picture."""
 
     def __init__(self, d: int, stride: int, cfg: Config):
         widths = [d] + [cfg.decoder_width] * (int(math.log2(stride)) - 1) + [3]
@@ -344,11 +343,11 @@ class Decoder(nn.Sequential):
 
 
 class Moved(NamedTuple):
-    """What one pass yields; each *_hat is what the operators make of v."""
+    """What one pass yields: latents, what the operators make of the source's, what D_aux draws."""
 
     v: Tensor                            # (B, P, d) latents of all pictures, the source first
-    ordinary: Tensor                     # (B, terms, d)
-    secondary: Tensor                    # (B, 9, d)
+    ordinary: Tensor                     # (B, terms, d) T(v)
+    secondary: Tensor                    # (B, 9, d) T_then(T_first(v))
     identity: Tensor                     # (B, d) T_R(v; 0)
     pictures: Tensor | None              # (B, Q, 3, S, S) reconstructions
 
@@ -407,8 +406,7 @@ class TINet(nn.Module):
 
 
 def distance(a: Tensor, b: Tensor, unsquared: bool = False) -> Tensor:
-    """(B, ...) twice -> scalar: mean square over batch and entries, or the batch's mean norm (5).
-    """
+    """(B, ...) twice -> scalar: mean square over batch and entries, or mean norm (5)."""
     difference = (a - b).to(torch.promote_types(a.dtype, torch.float32))
     if unsquared:
         return difference.flatten(1).norm(dim=1).mean()
@@ -442,8 +440,7 @@ def rotation_loss(theta: Tensor, target: Tensor) -> Tensor:
 
 # twin: handmim.py:masked
 def masked(loss: Tensor, on: Tensor) -> Tensor:
-    """Mean of a loss (n, ...) where `on`; 0 where nothing is. Fill NaN first, or gradients are NaN.
-    """
+    """Mean of a loss (n, ...) where `on`, 0 where nothing is; NaN must be filled before."""
     return torch.where(on, loss, 0).sum() / on.sum().clamp(min=1)
 
 

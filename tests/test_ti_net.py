@@ -382,8 +382,9 @@ def test_bfloat16_is_for_the_network_only(monkeypatch):
     model = TINet(cfg)
     model.register_forward_pre_hook(lambda _, x: seen.update(views=x[0]))
     model.backbone.register_forward_hook(lambda _, x, y: seen.update(map=y[-1]))
+    model.operators.K.register_forward_hook(lambda _, x, y: seen.update(e=y.dtype))
     terms = pretrain_step(model, batch, cfg, 0)
-    assert seen["map"].dtype == torch.bfloat16 and terms["loss"].dtype == torch.float32
+    assert seen["map"].dtype == torch.bfloat16 and seen["e"] == torch.float32 and terms["loss"].dtype == torch.float32
     assert torch.equal(seen["views"], make_views(batch, cfg, 0, model.plan)[0])
 
 
