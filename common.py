@@ -830,23 +830,22 @@ def load_backbone(backbone: nn.Module, path: str | Path) -> str:
             missing = [k for k in wanted if prefix + k not in tensors]
             name = f"{home}/{prefix}"
             candidates.append(((len(missing), "teacher" not in name, name), home, prefix, missing))
+    hint = "does --backbone name the network it was made for?"
     if not candidates:
         raise UserError(f"{path}: holds no key that ends in {anchor}, as a "
-                        f"{type(backbone).__name__} has; does --backbone name the network it was "
-                        "made for?")
+                        f"{type(backbone).__name__} has; {hint}")
     _, home, prefix, missing = min(candidates)
     tensors = dicts[home]
     if missing:
         raise UserError(f"{path}: lacks {len(missing)} of the back-bone's {len(wanted)} keys, the "
-                        f"first is {prefix}{missing[0]}; does --backbone name the network it was "
-                        "made for?")
+                        f"first is {prefix}{missing[0]}; {hint}")
     found = {k: tensors[prefix + k] for k in wanted}
     if "pos_embed" in found and found["pos_embed"].shape[1] != wanted["pos_embed"].shape[1]:
         found["pos_embed"] = _resize_positions(found["pos_embed"], backbone.side)
     for key, value in found.items():
         if value.shape != wanted[key].shape:
             raise UserError(f"{path}: {prefix}{key} is {tuple(value.shape)}, the back-bone's is "
-                            f"{tuple(wanted[key].shape)}; does --backbone name the right network?")
+                            f"{tuple(wanted[key].shape)}; {hint}")
     backbone.load_state_dict(found, strict=False)
     rest = sorted(k for k in tensors if k[len(prefix):] not in wanted and "num_batches" not in k)
     said = f"{path}{home and ':'}{home}: {len(found)} back-bone tensors read"
@@ -1114,8 +1113,7 @@ class Flags:
     device: str = arg("auto", "cpu, cuda, cuda:N or auto")
     save_minutes: float = arg(10.0, "minutes between two checkpoints inside an epoch")
     resume: bool = arg(False, "go on with every stage of the run in --out")
-    quick: bool = arg(False, "minutes on two CPU cores: all stages, small sizes; explicit flags "
-                             "win")
+    quick: bool = arg(False, "minutes on two CPU cores: every stage, small; explicit flags win")
     compile: bool = arg(False, "torch.compile the network")
 
 

@@ -21,7 +21,7 @@ FAULTS = [
     ("common.py", "b = (ray * points[..., 2:] - points[..., :2])", "b = (ray * points[..., 2:] + points[..., :2])", "test_common_metrics.py", "place"),
     ("common.py", 'if p.ndim <= 1], "weight_decay": 0.0}', 'if p.ndim <= 1], "weight_decay": weight_decay}', "test_common_run.py", "decay"),
     ("common.py", 'self.log = Log(folder, state["log_bytes"] if state else 0)', "self.log = Log(folder, 10 ** 9)", "test_common_run.py", "cuts_its_log"),
-    ("common.py", "    partial.replace(path)\n\n\ndef load_checkpoint", "    pass\n\n\ndef load_checkpoint", "test_common_run.py", "replaced_whole"),
+    ("common.py", "    partial.replace(path)\n\n\ndef cpu_state", "    pass\n\n\ndef cpu_state", "test_common_run.py", "replaced_whole"),
     ("common.py", 'return torch.load(path, map_location="cpu", weights_only=True)', 'return torch.load(path, map_location="cpu", weights_only=False)', "test_common_backbones.py", "hostile"),
     # draws
     ("common.py", "key += epoch * 0xE7037ED1A0B428DB + view *", "key += view *", "test_common_transforms.py", "documented_hash"),
