@@ -6,11 +6,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import sources
 from common import UserError
 from hamuco import projections, triangulate
 from sources.cameras import index_cameras
+from sources.hands import Hands
 from sources.pictures import _hand_detector
 from trees import open_tree, rig_tree
 
@@ -32,6 +34,20 @@ def test_any_rig_triangulates_its_undistorted_labels(tmp_path, unit):
     assert ("not metres" in data.hands.index.summary()) == (unit is None)
     assert batch["uv"].isnan().all() and batch["joints"].isnan().all()
     assert data[4]["view_ok"].tolist() == [True, False] and data[4]["cameras"][1].isnan().all()
+
+
+def test_pictures_of_a_rig_are_undistorted_as_their_labels_are(tmp_path):
+    """A white spot under the first key point stays under it, and its neighbours stay black."""
+    rig_tree(tmp_path, frames=1)
+    x, y = json.loads((tmp_path / "labels" / "cam0" / "0000.json").read_text())[0][0]
+    yy, xx = np.mgrid[:240, :300]
+    spot = 255 * np.exp(-((xx - x) ** 2 + (yy - y) ** 2) / 18)
+    Image.fromarray(np.repeat(spot[..., None], 3, 2).astype(np.uint8)).save(tmp_path / "frames" / "cam0" / "0000.jpg", quality=95)
+    sample = Hands(index_cameras(tmp_path, "all"), 256, 1.5)[0]
+    weight = sample["image"][0].double().clamp(min=40) - 40
+    at = [(weight.sum(axis) * torch.arange(256)).sum() / weight.sum() for axis in (0, 1)]
+    assert (torch.stack(at) - sample["uv_label"][0]).abs().max() < 0.7
+    assert sample["confidence"].tolist() == pytest.approx([0.9] * 21)
 
 
 def test_rig_splits_in_time_and_cameras_may_move(tmp_path):

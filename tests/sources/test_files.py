@@ -49,8 +49,25 @@ def test_labels_are_read_in_both_layouts(tmp_path):
         file.write_text(json.dumps(content))
         uv, sure = hand_labels(file)
         assert (uv == points).all() and (sure == 0.5).all()
+    left = [x for u, v in points for x in (v, u, 0.4)]
+    file.write_text(json.dumps({"people": [{"hand_right_keypoints_2d": [9.0] * 63, "hand_left_keypoints_2d": left}]}))
+    assert (hand_labels(file, "left")[0] == np.array(points)[:, ::-1]).all()
     file.write_text(json.dumps({"people": []}))
     assert np.isnan(hand_labels(file)[0]).all() and not hand_labels(file)[1].any()
     file.write_text(json.dumps([points[:5], [0.5] * 5]))
     with pytest.raises(UserError, match="a.json: neither"):
         hand_labels(file)
+
+
+def test_what_is_kept_is_found_from_another_folder_and_for_one_hand_only(tmp_path, monkeypatch, hand):
+    """A relative root that was kept must not send others to where it once pointed; poses are one hand file's."""
+    write_interhand(tmp_path / "a", fits={"100": {"right": {"pose": [0.1] * 48, "shape": [0.0] * 10, "trans": [0.0] * 3}}})
+    monkeypatch.chdir(tmp_path)
+    first = index_interhand("a", "test", cache=tmp_path / "cache", mano={"right": hand})
+    monkeypatch.chdir(tmp_path / "a")
+    again = index_interhand(".", "test", cache=tmp_path / "cache", mano={"right": hand})
+    assert (tmp_path / "a" / again.root / again.path(0)).is_file() and again.root == "." and first.root == "a"
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    other = index_interhand(".", "test", cache=tmp_path / "cache", mano={"right": hand | {"hands_mean": np.zeros(45)}})
+    known = np.isfinite(first.columns["pose"]).all(1)
+    assert known.any() and not np.allclose(other.columns["pose"][known], first.columns["pose"][known])

@@ -60,6 +60,16 @@ def test_hanco_moments_keep_their_cameras_when_a_picture_is_missing(g, tmp_path)
     near(targets["joints"][0], batch["joints"][0], 1e-6)
 
 
+def test_hanco_labels_that_come_later_are_seen(g, tmp_path):
+    hanco_tree(tmp_path / "d", g)
+    (tmp_path / "d" / "rgb_2d_keypoints").rename(tmp_path / "labels")
+    index = index_hanco(tmp_path / "d", cache=tmp_path / "cache")
+    assert np.isnan(index.columns["uv_label"]).all() and index.columns["joints"].shape == (8, 21, 3)
+    (tmp_path / "labels").rename(tmp_path / "d" / "rgb_2D_keypoints")
+    assert np.isfinite(index_hanco(tmp_path / "d", cache=tmp_path / "cache").columns["uv_label"]).all()
+    assert index.columns["box"][0].tolist() == [60, 60, 104, 104]
+
+
 def test_hanco_splits_by_sequence_and_tests_on_merged_pictures(g, tmp_path):
     hanco_tree(tmp_path, g, "1199")
     hanco_tree(tmp_path, g, "1200", folder="rgb_merged")

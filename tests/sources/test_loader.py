@@ -98,6 +98,17 @@ def test_every_source_keeps_the_protocol(name, tmp_path):
     assert data.gives("cameras") == wide
 
 
+@pytest.mark.parametrize("name, rows", [("joined", [4, 8, 1, 0, 9, 5]), ("live", [5, 0, 3, 1])])
+def test_joined_samples_come_in_the_order_asked_for(name, rows, tmp_path):
+    data = SOURCES[name](tmp_path)
+    alone = [next(data.batches([torch.tensor([row])], CPU, 0)) for row in rows]
+    batch, targets = next(data.batches([torch.tensor(rows)], CPU, 0)), data.targets(torch.tensor(rows))
+    assert batch["id"] == targets["id"] == [one["id"][0] for one in alone] and "mask" not in batch
+    for key in ("image", "crop", "joints", "confidence"):
+        assert equal(batch[key], torch.cat([one[key] for one in alone])), key
+    assert equal(targets["joints"], batch["joints"]) and all("mask" not in one for one in alone)
+
+
 @pytest.mark.parametrize("name", ["hands", "joined", "rows"])
 def test_worker_processes_change_nothing(name, tmp_path):
     data = SOURCES[name](tmp_path)

@@ -183,3 +183,46 @@ def test_a_mesh_is_read_out_as_the_tested_data_set_means_it(hand, posed):
     assert np.abs(moved["joints"][0].numpy() - want).max() < 1e-6
     assert torch.allclose(moved["root"], moved["joints"][:, 0], atol=1e-6)
     assert redefined(pred, "ho3d", "ho3d", hand_for("ho3d", file)) is pred
+
+
+# ---- Opening ----
+
+
+def options(root, **changes):
+    return Flags(**{"root": str(root), "mano": "builtin", "cache": str(root) + "-cache", "workers": 0} | changes)
+
+
+def test_a_share_of_the_labels_takes_all_pictures_of_a_hand(tmp_path, capsys):
+    """FreiHAND's four backgrounds show one label: half of four hands is two hands, eight pictures."""
+    write_freihand(tmp_path, n=4)
+    cfg = ti_net.Config(root=str(tmp_path), mano="builtin", cache=str(tmp_path / "c"), label_fraction=0.5)
+    data = open_data(cfg, ("freihand",), "train", 32, 1.25, torch.device("cpu"), labelled=True)
+    hands = data.columns(torch.arange(len(data)))["hand"]
+    assert sorted(hands.tolist()) == sorted([*set(hands.tolist())] * 4) and len(data) == 8
+    assert "2 labels used" in capsys.readouterr().out
+    wider = open_data(ti_net.Config(root=str(tmp_path), mano="builtin", cache=str(tmp_path / "c"), label_fraction=0.6),
+                      ("freihand",), "train", 32, 1.25, torch.device("cpu"), labelled=True)
+    more = set(wider.columns(torch.arange(len(wider)))["hand"].tolist())
+    assert len(more) == 3 and set(hands.tolist()) < more              # a smaller share lies inside a larger one
+
+
+def test_numbers_of_mano_are_left_out_for_another_hand(tmp_path, capsys):
+    write_freihand(tmp_path, n=2)
+    data = open_data(options(tmp_path), ("freihand",), "train", 32, 1.25, torch.device("cpu"))
+    has = data[0]["has"]
+    assert has["joints"] and not (has["verts"] or has["pose"] or has["shape"])
+    assert "mesh, pose and shape are left out" in capsys.readouterr().out
+
+
+def test_photos_without_labels_train_all_of_them(tmp_path):
+    for k in range(40):
+        save(tmp_path / f"{k}.png", noise(8, 8, k))
+    count = lambda split: len(open_data(options(tmp_path), ("folder",), split, 16, 1.25, torch.device("cpu")))
+    assert count("train") == 40 and count("val") < 10
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps({"path": f"{k}.png"}) + "\n" for k in range(40)))
+    assert count("train") == 40 - count("val") - count("test") < 40
+
+
+def test_one_root_is_for_one_data_set(tmp_path):
+    with pytest.raises(UserError, match="--root names the folder of one data set"):
+        open_data(options(tmp_path), ("folder", "imagenet"), "train", 16, 1.25, torch.device("cpu"))
