@@ -6,10 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-import common
-from hand.builtin import builtin_hand
-from sources.predictors import blind
-from sources.stages import mean_hand
 from common import (
     UserError, auc, epe, f_score, mpjpe, n_mpjpe, pa_mpjpe, pck_2d, procrustes,
     score, summarise)
@@ -192,6 +188,17 @@ def test_auc_of_single_errors():
     assert auc(torch.tensor([15.0]), 30.0).item() == pytest.approx(49.5 / 99)
 
 
+def test_areas_are_those_of_the_curve_also_for_errors_on_or_beside_a_threshold():
+    """Each error adds the trapezoids of its own step from 0 to 1, at the first of 100 thresholds that it meets."""
+    for limit in (0.05, 30.0):
+        steps = torch.linspace(0, limit, 100, dtype=torch.float64).numpy()
+        errors = np.concatenate([steps, np.nextafter(steps, 1e9), np.nextafter(steps[1:], 0), [1e9, np.inf]])
+        share = (errors[:, None] <= steps).astype(float)
+        area = ((share[:, 1:] + share[:, :-1]) / 2).sum(1) / 99
+        assert np.abs(auc(torch.tensor(errors), limit).numpy() - area).max() < 1e-12
+    assert auc(torch.tensor([math.nan])).isnan().all()
+
+
 # ---- F-score ----
 
 def test_f_score_matches_the_tool_kits_after_alignment():
@@ -351,87 +358,3 @@ def test_scores_of_float32_and_of_a_part_of_the_batch_agree():
         assert scores[name].dtype == single[name].dtype == torch.float64
         assert (scores[name] - single[name]).abs().max() < 1e-3
         assert (scores[name][10:13] - part[name]).abs().max() < 1e-9
-
-
-# ---- What a blind guess knows, and where a hand stands
-
-
-class Labels:
-    """A data set of the given numbers."""
-
-    def __init__(self, **numbers):
-        self.numbers = numbers
-
-    def __len__(self):
-        return len(self.numbers["joints"])
-
-    def targets(self, index):
-        return {key: value[index] for key, value in self.numbers.items()}
-
-
-def labels():
-    """Two hands turned +-0.4 rad about z at the wrist, anywhere in the room; a third without labels."""
-    joints = torch.zeros(3, 21, 3)
-    joints[0, 1:, 0], joints[1, 1:, 0] = 0.1, 0.3
-    joints += torch.tensor([[[1.0, 2, 3]], [[-4, 0, 9]], [[0, 0, 0]]])
-    joints[2] = math.nan
-    pose, shape = torch.zeros(3, 48), torch.tensor([1.0, 3.0, math.nan])[:, None].expand(3, 10)
-    pose[0, 2], pose[1, 2], pose[2] = 0.4, -0.4, math.nan
-    return Labels(joints=joints, pose=pose, shape=shape, uv=torch.full((3, 21, 2), 16.0),
-                  side_px=torch.full((3,), 64.0), joints_ok=joints.isfinite().all(-1),
-                  crop=torch.eye(3).expand(3, 3, 3), verts=torch.full((3, 778, 3), math.nan))
-
-
-def test_the_mean_hand_is_rooted_and_its_rotation_is_nearest_to_the_mean_matrix():
-    mean = mean_hand(labels())
-    assert mean["pose"].abs().max() < 1e-6 and torch.allclose(mean["shape"], torch.full((10,), 2.0))
-    assert (mean["joints"][0] == 0).all() and torch.allclose(mean["joints"][1:, 0], torch.tensor(0.2))
-    assert (mean["uv"] == 0.25).all() and mean["labels"] == 2
-
-
-def test_the_mean_pose_row_judges_mean_joints_raw_and_the_mean_hand_aligned():
-    data = labels()
-    hand = common.Mano(builtin_hand())
-    flat = hand.joints(torch.eye(3).expand(1, 16, 3, 3), torch.full((1, 10), 2.0))[0]
-    data.numbers["joints"][0] = 2 * flat + 5                       # aligned, it is the mean hand itself
-    mean = mean_hand(labels())
-    batch = data.numbers | {"image": torch.zeros(3, 3, 64, 64)}
-    raw, posed = (common.score(guess, batch) for guess in blind(mean, batch, hand))
-    assert posed["pa_mpjpe_mm"][0] < 1e-2 and posed["pa_mpjpe_mm"][2].isnan()
-    assert raw["mpjpe_mm"][1] == pytest.approx(1000 * 0.1 * 20 / 21, rel=1e-5)
-    assert raw["epe_2d_px"][1] == 0
-
-
-def test_place_finds_where_a_hand_stands_from_the_key_points_that_are_known():
-    torch.manual_seed(0)
-    points, t = 0.1 * torch.randn(2, 21, 3), torch.tensor([[0.05, -0.1, 0.6], [0.0, 0.2, 0.9]])
-    K = torch.tensor([[300.0, 0, 120], [0, 310, 90], [0, 0, 1]]).expand(2, 3, 3)
-    seen = (points + t[:, None]) @ K.mT
-    uv = seen[..., :2] / seen[..., 2:]
-    uv[0, 3:9] = math.nan
-    assert torch.allclose(common.place(points, uv, K), t, atol=1e-4)
-
-
-def test_areas_are_those_of_the_curve_also_for_errors_on_or_beside_a_threshold():
-    """Each error adds the trapezoids of its own step from 0 to 1, at the first of 100 thresholds that it meets."""
-    for limit in (0.05, 30.0):
-        steps = torch.linspace(0, limit, 100, dtype=torch.float64).numpy()
-        errors = np.concatenate([steps, np.nextafter(steps, 1e9), np.nextafter(steps[1:], 0), [1e9, np.inf]])
-        share = (errors[:, None] <= steps).astype(float)
-        area = ((share[:, 1:] + share[:, :-1]) / 2).sum(1) / 99
-        assert np.abs(auc(torch.tensor(errors), limit).numpy() - area).max() < 1e-12
-    assert auc(torch.tensor([math.nan])).isnan().all()
-
-
-def test_mean_hand_looks_at_the_whole_of_a_sorted_data_set():
-    """The first half of the hands have one length, the second half another: 2 of 100 still see both."""
-    class Sorted:
-        def __len__(self):
-            return 100
-
-        def targets(self, index):
-            joints = torch.where(index[:, None, None] < 50, 1.0, 3.0) * torch.arange(21.0)[:, None].expand(21, 3)
-            return {"pose": torch.full((len(index), 48), math.nan), "shape": torch.zeros(len(index), 10), "joints": joints,
-                    "uv": torch.zeros(len(index), 21, 2), "side_px": torch.ones(len(index))}
-
-    assert float(mean_hand(Sorted(), 2)["joints"][1, 0]) == pytest.approx(2.0)

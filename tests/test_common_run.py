@@ -20,7 +20,6 @@ import peclr
 import ti_net
 from common import (
     Log, UserError, load_checkpoint, open_out, parse, save_checkpoint, settle, share)
-from sources.tables import STAGE, table, write_results
 
 ROOT = Path(__file__).parent.parent
 FIRST = ["--data", "synthetic:calm", "--decoder-width", "4", "--probe-every", "0"]       # flags of pre-training
@@ -278,23 +277,6 @@ def test_a_lost_loss_stops_the_run_in_a_sentence(tmp_path):
     run = common.Run(tmp_path, "ti_net", ti_net.Config(), model, torch.optim.AdamW(model.parameters()), 20)
     with pytest.raises(UserError, match="the loss is not finite any more at step 1; a lower --lr may help"):
         run.advance({"loss": torch.tensor(float("nan"))}, 0, 0.1, may_save=False)
-
-
-def test_results_hold_one_entry_a_run_and_protocol(tmp_path):
-    entry = {"run": "a", "protocol": "ours", "rows": {"x": {"mpjpe_mm": 1.0}}}
-    write_results(tmp_path / "m.json", "d", entry)
-    write_results(tmp_path / "m.json", "d", entry | {"protocol": "dexycb"})
-    write_results(tmp_path / "m.json", "d", entry | {"rows": {"x": {"mpjpe_mm": 2.0}}})
-    found = json.loads((tmp_path / "m.json").read_text())
-    assert found["data"] == "d" and len(found["results"]) == 2
-    assert found["results"][1]["rows"]["x"]["mpjpe_mm"] == 2.0
-
-
-def test_table_shows_missing_scores_as_dashes():
-    lines = table({"a": {"mpjpe_mm": 12.345}, "b": {"mpjpe_mm": 2.0, "auc": 0.5}}, STAGE).splitlines()
-    assert lines[0].split() == ["|", "row", "|", "mpjpe_mm", "|", "auc", "|"]
-    assert lines[2].split() == ["|", "a", "|", "12.35", "|", "-", "|"] or "12.34" in lines[2]
-    assert lines[3].split() == ["|", "b", "|", "2.00", "|", "0.500", "|"]
 
 
 def test_weights_decay_and_biases_and_norms_do_not():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from common import (
-    bits, centre, crop, flip, invert, normal, permutation, project, rotate_z, rotation, scale,
+    bits, centre, crop, flip, invert, normal, permutation, place, project, rotate_z, rotation, scale,
     transform, translation, uniform, view_intrinsics, warp)
 
 
@@ -112,6 +112,16 @@ def test_points_are_seen_where_the_pinhole_puts_them():
     assert project(torch.tensor([[0.1, -0.2, 0.5]]), K).tolist() == [[420.0, 80.0]]
     twice = project(torch.tensor([[[0.1, -0.2, 0.5]], [[0.0, 0.0, 1.0]]]), torch.stack([K, 2 * K]))
     assert twice.tolist() == [[[420.0, 80.0]], [[640.0, 480.0]]]
+
+
+def test_place_finds_where_a_hand_stands_from_the_key_points_that_are_known():
+    torch.manual_seed(0)
+    points, t = 0.1 * torch.randn(2, 21, 3), torch.tensor([[0.05, -0.1, 0.6], [0.0, 0.2, 0.9]])
+    K = torch.tensor([[300.0, 0, 120], [0, 310, 90], [0, 0, 1]]).expand(2, 3, 3)
+    seen = (points + t[:, None]) @ K.mT
+    uv = seen[..., :2] / seen[..., 2:]
+    uv[0, 3:9] = math.nan
+    assert torch.allclose(place(points, uv, K), t, atol=1e-4)
 
 
 def test_an_unknown_camera_has_the_diagonal_as_its_focal_length():

@@ -18,7 +18,7 @@ FAULTS = [
     ("common.py", "    if not reflect:\n        sign[:, 2]", "    if reflect:\n        sign[:, 2]", "test_common_metrics.py", "procrustes"),
     ("common.py", "torch.linalg.svd(torch.where(finite[:, None, None], A, 0))", "torch.linalg.svd(A)", "test_common_metrics.py", "spoils_no_other"),
     ("common.py", "verts = away.addcmul(along_x, x).addcmul(along_y, y)", "verts = away.addcmul(along_x, y).addcmul(along_y, x)", "test_common_mano.py", "numpy_model or torch_model"),
-    ("common.py", "b = (ray * points[..., 2:] - points[..., :2])", "b = (ray * points[..., 2:] + points[..., :2])", "test_common_metrics.py", "place"),
+    ("common.py", "b = (ray * points[..., 2:] - points[..., :2])", "b = (ray * points[..., 2:] + points[..., :2])", "test_common_transforms.py", "place_finds"),
     ("common.py", 'if p.ndim <= 1], "weight_decay": 0.0}', 'if p.ndim <= 1], "weight_decay": weight_decay}', "test_common_run.py", "decay"),
     ("common.py", 'self.log = Log(folder, state["log_bytes"] if state else 0)', "self.log = Log(folder, 10 ** 9)", "test_common_run.py", "cuts_its_log"),
     ("common.py", "    partial.replace(path)\n\n\ndef cpu_state", "    pass\n\n\ndef cpu_state", "test_common_run.py", "replaced_whole"),
