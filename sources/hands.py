@@ -140,10 +140,10 @@ def _numbers(columns: dict[str, np.ndarray], row: int, size: tuple) -> dict[str,
 class Views(Source):
     """Synchronised pictures as one sample (V, ...): `Hands` with columns moment, camera, cameras.
 
-    Slot v is the data set's v-th camera, or the v-th of `cameras`. A moment without that picture has a black one there, NaN
-    and False, and view_ok (V,) False; moments without any picture are not there. cameras (V, 4, 4)
-    is world to camera, in the data set's unit of length; left hands are mirrored with their
-    cameras.
+    Slot v is the data set's v-th camera, or the v-th of `cameras`. A moment without that picture
+    has a black one there, NaN and False, and view_ok (V,) False; moments without any picture are
+    not there. cameras (V, 4, 4) is world to camera, in the data set's unit of length; left hands
+    are mirrored with their cameras.
     """
 
     def __init__(self, hands: Hands, views: int, cameras: tuple[int, ...] = ()):
@@ -158,7 +158,8 @@ class Views(Source):
         rows[row[keep], columns["camera"][keep]] = np.flatnonzero(keep)
         if cameras:
             if max(cameras) >= views:
-                raise UserError(f"{self.name}: has {views} cameras, from 0 on, so no {max(cameras)}")
+                raise UserError(f"{self.name}: has {views} cameras, from 0 on, so no "
+                                f"{max(cameras)}")
             rows = rows[:, list(cameras)]
         self.rows = rows[(rows >= 0).any(1)]
 
