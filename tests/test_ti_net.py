@@ -2,6 +2,7 @@
 import ast
 import dataclasses
 import inspect
+import json
 import math
 from pathlib import Path
 
@@ -574,7 +575,8 @@ def stages(monkeypatch, tmp_path):
     monkeypatch.setattr(ti_net, "finetune", lambda cfg, out, row, device: calls.append((row, cfg)))
     monkeypatch.setattr(ti_net, "report", lambda cfg, out, rows, *rest: calls.append(("report", (cfg, rows, rest[1:]))))
     (tmp_path / "pretrain-ti_net-disc").mkdir()                           # what a real pre-training leaves
-    (tmp_path / "pretrain-ti_net-disc" / "config.json").write_text("{}")
+    (tmp_path / "pretrain-ti_net-disc" / "config.json").write_text(
+        json.dumps({"method": "ti_net", "cfg": {"data": ["synthetic:calm"], "init": "random", "variant": ["disc"]}}))
     return lambda given: (calls.clear(), ti_net.run_stages(given, tmp_path, torch.device("cpu")), calls[:])[-1], tmp_path
 
 
@@ -597,8 +599,9 @@ def test_one_command_runs_one_stage(stages):
     assert name == "pretrain" and cfg.data == ("imagenet=X",) and cfg.epochs == 50
     Path(out / "backbone.pt").write_bytes(b"")
     (row, cfg), (name, (last, rows, rest)) = run({"finetune": "dexycb", "init": str(out / "backbone.pt")})
-    assert (row, name, rows) == ("ti_net-disc", "report", ["ti_net-disc"]) and last == cfg and cfg.epochs == 120
+    assert (row, name, rows) == ("ti_net-disc-on-synthetic-calm", "report", [row]) and last == cfg and cfg.epochs == 120
     assert cfg.init == str(out / "backbone.pt") and rest == (ti_net.build, 336, 1.7)
+    assert run({"finetune": "dexycb", "row": "mine"})[0][0] == "mine"
 
 
 def test_the_hand_has_the_joints_of_the_data_it_is_tuned_on():

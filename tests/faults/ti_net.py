@@ -178,7 +178,7 @@ FAULTS = [("ti_net.py", *fault) for fault in [
     inside("finetune", "        keep_best(run, -1, val, cfg, device, about)\n", "", "without_an_epoch"),
     # the command line
     ('settle(Config, given | {"init": init, "finetune": target}', 'settle(Config, given | {"finetune": target}', PIECES, "quick_pretrains"),
-    ('for init in ("random", str(out / "backbone.pt")):', 'for init in ("random", "random"):', PIECES, "quick_pretrains"),
+    ('"-".join((METHOD, *cfg.variant)): str(out / "backbone.pt")}', '"-".join((METHOD, *cfg.variant)): "random"}', PIECES, "quick_pretrains"),
     ('target = given.get("finetune") or cfg.data[0]', "target = cfg.data[0]", PIECES, "quick_pretrains"),
-    ('rows = [row_name(cfg.init)]', 'rows = ["scratch"]', PIECES, "one_command"),
+    ("rows = [row_name(cfg.init, cfg.row)]", 'rows = ["scratch"]', PIECES, "one_command"),
 ]]
