@@ -358,16 +358,16 @@ def test_pretrain_then_finetune_then_eval(command, tmp_path):
     done = command("ti_net.py", *tune, "--out", "tuned")
     assert "24 labels used" in done.stdout and "scratch: not run" in done.stdout
     results = json.loads((tmp_path / "tuned" / "metrics.json").read_text())["results"]
-    assert set(results[0]["rows"]) == {"mean_pose", "ti_net"} and results[0]["n"] == 2000
-    for name in ("finetune.pt", "predictions.png", "curve.png", "finetune-ti_net/views.png"):
+    assert set(results[0]["rows"]) == {"mean_pose", "ti_net-on-synthetic-calm"} and results[0]["n"] == 2000
+    for name in ("finetune.pt", "predictions.png", "curve.png", "finetune-ti_net-on-synthetic-calm/views.png"):
         assert (tmp_path / "tuned" / name).stat().st_size > 1000
     command("ti_net.py", *tune, "--epochs", "0", "--out", "untrained")
     assert (tmp_path / "untrained" / "finetune.pt").exists()
     done = command("eval.py", "tuned", "--workers", "0", "--device", "cpu")
     assert "mean_pose" in done.stdout and "2,000 samples scored" in done.stdout
     again = json.loads((tmp_path / "tuned" / "eval-synthetic-calm" / "metrics.json").read_text())["results"]
-    assert again[0]["rows"]["ti_net"]["mpjpe_mm"] == pytest.approx(
-        results[0]["rows"]["ti_net"]["mpjpe_mm"], abs=1e-6)
+    two, one = (each[0]["rows"]["ti_net-on-synthetic-calm"]["mpjpe_mm"] for each in (again, results))
+    assert two == pytest.approx(one, abs=1e-6)
 
 
 STATISTICS = '''

@@ -1097,18 +1097,18 @@ def test_cli_finetunes_from_a_pretrained_file_and_writes_the_table(tmp_path, mon
     said = capsys.readouterr().out
     assert "scratch: not run" in said and "1 blocks frozen" in said
     results = json.loads((tmp_path / "tuned" / "metrics.json").read_text())["results"][0]
-    assert set(results["rows"]) == {"mean_pose", "ibot"} and results["n"] == 32 and results["uses"] == ["K", "image"]
-    assert {"mpjpe_mm", "pa_mpvpe_mm", "f_5", "f_15", "abs_mpjpe_mm"} <= set(results["rows"]["ibot"])
+    assert set(results["rows"]) == {"mean_pose", "ibot-on-synthetic-calm"} and results["n"] == 32 and results["uses"] == ["K", "image"]
+    assert {"mpjpe_mm", "pa_mpvpe_mm", "f_5", "f_15", "abs_mpjpe_mm"} <= set(results["rows"]["ibot-on-synthetic-calm"])
     before = torch.load("pre/backbone.pt", weights_only=True)
     after = torch.load("tuned/finetune.pt", weights_only=True)
-    assert after["method"] == "handmim" and after["row"] == "ibot"
+    assert after["method"] == "handmim" and after["row"] == "ibot-on-synthetic-calm"
     same = lambda key: torch.equal(before[key], after["model"][f"backbone.{key}"])
     assert same("pos_embed") and same("blocks.0.mlp.fc1.weight") and not same("blocks.1.mlp.fc1.weight")
-    for name in ("predictions.png", "curve.png", "finetune-ibot/views.png"):
+    for name in ("predictions.png", "curve.png", "finetune-ibot-on-synthetic-calm/views.png"):
         assert (tmp_path / "tuned" / name).stat().st_size > 1000
     handmim.main([*tune, "--epochs", "0", "--out", "untrained"])
     blind = json.loads((tmp_path / "untrained" / "metrics.json").read_text())["results"][0]["rows"]
-    assert blind["ibot"]["pa_mpjpe_mm"] == pytest.approx(blind["mean_pose"]["pa_mpjpe_mm"], rel=1e-3)
+    assert blind["ibot-on-synthetic-calm"]["pa_mpjpe_mm"] == pytest.approx(blind["mean_pose"]["pa_mpjpe_mm"], rel=1e-3)
 
 
 @pytest.mark.parametrize("words, said", [
