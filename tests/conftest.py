@@ -48,3 +48,11 @@ def command(tmp_path):
         assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
         return done
     return run
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working folder of its own, and few rendered hands to be judged on."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sources.synthetic.LENGTH", {"val": 16, "test": 24})
+    return tmp_path

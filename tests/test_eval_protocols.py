@@ -24,10 +24,8 @@ from sources.loader import read_items
 from sources.pictures import detect_hands
 from sources.synthetic import Synthetic
 from sources import judging
-from sources.judging import Exam, Row
-from sources.predictors import Net, as_pictures, redefined
-from sources.tables import differences
-from sources.tally import Tally
+from sources.judging import Exam
+from sources.predictors import as_pictures, redefined
 import eval as judge
 import peclr
 import ti_net
@@ -55,18 +53,6 @@ def run_of(folder, module=ti_net, row=None, seed=0, weights=0, **options):
     save_checkpoint(folder / "finetune.pt", {"method": name, "cfg": dataclasses.asdict(cfg), "row": row or name,
                                              "epoch": 1, "mean": mean, "model": model.state_dict()})
     return folder
-
-
-def net_of(row):
-    """A network that only has a name, and says what it stores."""
-    return Net(row, "ti_net", None, None, row, {}, 64, 2.0)
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sources.synthetic.LENGTH", {"val": 16, "test": 24})
-    return tmp_path
 
 
 def results(file, protocol="ours"):
@@ -131,54 +117,6 @@ def test_intaghand_roots_at_the_middle_knuckle_and_scales_its_bone():
     f["joints"][:, 9] += 0.0
     scores = means(interhand.intaghand_scores(f))
     assert scores["n_mpjpe_mm"] < 1e-3 and set(scores) == {"n_mpjpe_mm", "n_mpjpe_mm_interacting"}
-
-
-# ---- Tallies ----
-
-
-def test_a_tally_averages_points_over_samples_first_unless_they_are_pooled():
-    x = torch.tensor([[1.0, 10], [3, math.nan], [5, math.nan]])
-    t = Tally(3)
-    t.add(torch.tensor([0, 1]), {"macro": x[:2], "pooled": x[:2, :, None], "one": x[:2, 0]})
-    t.add(torch.tensor([2]), {"macro": x[2:], "pooled": x[2:, :, None], "one": x[2:, 0]})
-    assert t.means() == {"macro": (3 + 10) / 2, "pooled": 19 / 4, "one": 3}
-
-
-def test_intervals_have_the_width_of_the_mean_s_standard_error():
-    """1.96 sigma / sqrt(n) each side, also where 20,000 samples share 4,096 blocks; and no two calls differ."""
-    for n in (400, 20_000):
-        x = common.normal(torch.arange(n), 1, 3, "test")[:, 0].double()
-        t = Tally(n)
-        t.add(torch.arange(n), {"x": x})
-        low, high = t.intervals()["x"]
-        assert (high - low) / 2 == pytest.approx(1.96 * float(x.std()) / math.sqrt(n), rel=0.08)
-        assert low < t.means()["x"] < high and t.intervals()["x"] == (low, high)
-
-
-def test_differences_are_paired():
-    """A row that is 1 mm worse on every sample: no doubt about the difference, however the samples vary."""
-    x = 30 + 20 * common.uniform(torch.arange(200), 1, 0, "test")[:, 0]
-    rows, exam = {}, Exam(range(200), "coco", None, None)
-    for name, shift in (("a", 0.0), ("b", 1.0)):
-        rows[name] = Row(exam, net_of(name), name)
-        rows[name].tallies["ours"].add(torch.arange(200), {"mpjpe_mm": x + shift})
-    assert "| b - a             | 1.00 [1.00, 1.00]* |" in differences(rows, "ours", "a", "coco")
-
-
-def test_a_median_is_kept_in_a_histogram():
-    t = Tally(101)
-    t.add(torch.arange(101), {"x_median": torch.arange(101.0)[:, None]})
-    assert t.means()["x_median"] == pytest.approx(50, abs=0.02)
-
-
-def test_the_memory_of_a_tally_does_not_grow():
-    """850,000 sets in parts are the mean of all, in as many numbers as 4,096 sets."""
-    t, total = Tally(850_000), 0.0
-    for rows in torch.arange(850_000).split(50_000):
-        x = common.uniform(rows, 21, 0, "test")
-        total += float(x.double().sum())
-        t.add(rows, {"x": x})
-    assert t.sums["x"].shape == (4096, 21, 3) and t.means()["x"] == pytest.approx(total / 850_000 / 21, abs=1e-9)
 
 
 # ---- What a prediction looks like ----
@@ -631,19 +569,3 @@ def test_runs_that_call_their_rows_alike_keep_all_of_them(here, capsys):
     judge.main(["x/run", "y/run", "--data", "synthetic:calm", "--out", "o", *HERE])
     rows = {name: row for r in json.loads((here / "o" / "metrics.json").read_text())["results"] for name, row in r["rows"].items()}
     assert len(rows) == 3 and len({row["mpjpe_mm"] for row in rows.values()}) == 3
-
-
-def test_differences_are_of_the_same_samples_only():
-    def row_of(values, n=8, rooted=True):
-        row = Row(Exam(range(n), "coco", None, None), net_of("x"))
-        row.rooted = rooted
-        row.tallies["ours"].add(torch.arange(len(values)), {"mpjpe_mm": torch.tensor(values), "abs_mpjpe_mm": torch.tensor(values)})
-        return row
-    flat = [10.0] * 8
-    rows = {"a": row_of(flat), "b": row_of([11.0] * 8), "fewer": row_of([9.0] * 7 + [math.nan]), "larger": row_of(flat, 9),
-            "blind": row_of(flat, rooted=False)}
-    lines = {line.split("|")[1].strip(): line for line in differences(rows, "ours", "a", "coco").splitlines() if " - a" in line}
-    assert "1.00 [1.00, 1.00]*" in lines["b - a"]
-    assert lines["fewer - a"].count("other samples") == 2 and lines["larger - a"].count("other samples") == 2
-    cells = [cell.strip() for cell in lines["blind - a"].split("|")]
-    assert "-" in cells and "0.00 [0.00, 0.00]" in cells                     # no absolute difference

@@ -22,7 +22,7 @@ from sources.synthetic import Synthetic
 from sources.tables import seed_groups
 from trees import open_tree, rig_tree, write_freihand
 from test_eval import truth
-from test_eval_protocols import HERE, here, results, run_of
+from test_eval_protocols import HERE, results, run_of
 
 
 def pretrained(folder, name="peclr", file="backbone.pt", seed=0, **options):
