@@ -346,6 +346,18 @@ class HandAdamW:
         p -= rate * (m / (1 - 0.9 ** t)) / ((v / (1 - 0.999 ** t)).sqrt() + 1e-8)
 
 
+class Around(torch.nn.Module):
+    """What `parallel` may put around a network: gradients cross processes only if steps call this."""
+
+    def __init__(self, model):
+        super().__init__()
+        self._orig_mod, self.calls = model, 0
+
+    def forward(self, *given):
+        self.calls += 1
+        return self._orig_mod(*given)
+
+
 def watch(monkeypatch, step_name, stop):
     """Record every step of a command's loop: modes of all modules, then weights, rate and logged terms.
 
@@ -356,8 +368,10 @@ def watch(monkeypatch, step_name, stop):
     monkeypatch.setattr(handmim, "accumulate", lambda net, last: lasts.append(last) or contextlib.nullcontext())
 
     def seen(net, *more):
-        modes.append({module.training for module in net.modules()})
-        return step(net, *more)
+        modes.append({module.training for module in common.unwrapped(net).modules()})
+        found = step(net, *more)
+        assert net.calls == len(modes), "the network is called past what stands around it"
+        return found
 
     def noted(run, terms, epoch, lr, may_save):
         assert all(p.grad is None for p in run.model.parameters()), "gradients of this step go into the next"
@@ -370,6 +384,7 @@ def watch(monkeypatch, step_name, stop):
         if run.step == stop:
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(handmim, "parallel", lambda model, device, compile: Around(model))
     monkeypatch.setattr(handmim, step_name, seen)
     monkeypatch.setattr(common.Run, "advance", noted)
     return modes, after, rates, logged

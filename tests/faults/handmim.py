@@ -141,4 +141,7 @@ FAULTS = [
     ("handmim.py", "list(hide(truth, masks[:, 0], guess))", "list(guess)", STEP, "sheets"),
     ("handmim.py", "data = open_data(cfg, (cfg.finetune,), \"train\", side, MARGIN, device, labelled=True)", "data = open_data(cfg, (cfg.finetune,), \"train\", side, MARGIN, device)", STEP, "finetuning_loop and 0"),
     ("handmim.py", "                    terms = finetune_step(net, batch, cfg, epoch)\n                    (terms[\"loss\"] / len(micro_batches)).backward()", "                    terms = finetune_step(net, batch, cfg, epoch)\n                    terms[\"loss\"].backward()", STEP, "finetuning_loop and 0"),
+    ("handmim.py", "out = net(views, masks, view, keep)", "out = model(views, masks, view, keep)", STEP, "pretraining_loop"),
+    ("handmim.py", "states = net(normalise(255 * crops), K)", "states = model(normalise(255 * crops), K)", STEP, "finetuning_loop and 0"),
+    ("handmim.py", "rate = lr_at(run.step, cfg, steps)\n            for group in optimizer.param_groups:\n                group[\"lr\"] = rate\n            decay", "rate = lr_at(step, cfg, steps)\n            for group in optimizer.param_groups:\n                group[\"lr\"] = rate\n            decay", STEP, "pretraining_loop"),
 ]
