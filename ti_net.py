@@ -137,8 +137,8 @@ class Config(Flags):
                            finetune=32, finetune_why="ours")
     lr: float = arg(1.5e-3, "base learning rate; the rate is base x batch / 256", paper=1.5e-3,
                     ref="Sec. 4.1", finetune=1.5e-3, finetune_why="7.5e-4 at 128: authors' log")
-    warmup_epochs: float = arg(1.0, "epochs of linear warm-up (by default a tenth of the run at most)"
-                                    ", then cosine to 0; 0: constant rate", why="ours",
+    warmup_epochs: float = arg(1.0, "epochs of linear warm-up (by default a tenth of the run at "
+                                    "most), then cosine to 0; 0: constant rate", why="ours",
                                finetune=0.0, finetune_why="constant: authors' log")
     weight_decay: float = arg(0.05, "AdamW's decay, not on biases and norms", why="authors' code",
                               finetune=0.0, finetune_why="authors' log")
