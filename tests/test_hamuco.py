@@ -1101,6 +1101,8 @@ def test_quick_trains_the_baseline_first_and_hands_its_half_trained_backbone_on(
     config = json.loads((tmp_path / "a" / "train-hamuco" / "config.json").read_text())["cfg"]
     assert config["init"].endswith("train-single_view/half.pt") and content["row"] == "hamuco"
     baseline = torch.load(tmp_path / "a" / "train-single_view" / "final.pt", weights_only=True)
+    assert baseline["cfg"]["epochs"] == 2 * content["cfg"]["epochs"] and baseline["epoch"] == 4
+    assert not torch.equal(half["conv1.weight"], baseline["model"]["backbone.conv1.weight"])        # its middle, not its end
     assert baseline["cfg"]["init"] == "random" and not any(k.startswith("interaction") for k in baseline["model"])
     assert set(half) == {k[9:] for k in baseline["model"] if k.startswith("backbone.")}
     results = json.loads((tmp_path / "a" / "metrics.json").read_text())["results"]

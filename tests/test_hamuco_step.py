@@ -14,6 +14,7 @@ from torch import nn
 
 import common
 import hamuco
+import sources
 from hamuco import Config, HaMuCo
 from hand.builtin import builtin_hand
 from sources import Source
@@ -67,7 +68,7 @@ def trained(cfg):
     for name, p in model.named_parameters():
         p.data += (0.3 if name.endswith(".A") else 0.5 / math.sqrt(max(1, p[0].numel() if p.dim() > 1 else 25))) * torch.randn_like(p)
     for last in [model.heads[2][2]] + ([model.interaction.F_r[2]] if model.interaction is not None else []):
-        last.bias.data[-3] = 2.5
+        last.bias.data[-3:] = torch.tensor([2.5, 0.8, -0.7])            # and some joints outside the crop
         last.weight.data[-3] *= 3
     model.mano.hands_mean += 0.1 * torch.sin(torch.arange(45.0))
     return model
@@ -668,3 +669,101 @@ def test_what_predict_feeds_and_answers_is_what_the_step_saw_and_scored(exact, m
         mean = (aligned * ok[:, None, :, None, None]).sum(2) / ok.sum(1)[:, None, None, None]
         assert torch.allclose(0.2 * mean[..., 778:, :][ok], out["fusion"]["joints"][ok], atol=1e-9)
         assert torch.allclose(0.2 * mean[..., :778, :][ok], out["fusion"]["verts"][ok], atol=1e-9)
+
+
+# ---- What stands around them ----
+
+
+def test_training_begins_with_an_upright_hand_in_its_mean_pose_whatever_the_picture(exact):
+    """Zero last weights; palm to the camera, fingers up; no turn of a joint, no shape, s = 5, t = 0; graphs join nothing."""
+    model = HaMuCo(config()).double()
+    assert model.training and all(module.training for module in model.modules())
+    for norm in model.backbone.norms:                       # the look at a black picture left no trace
+        assert (norm.running_mean == 0).all() and (norm.running_var == 1).all() and norm.num_batches_tracked == 0
+    for block in (*model.interaction.blocks, model.interaction):
+        for conv in ((g := block.graph if hasattr(block, "graph") else block.fuse).first, g.second):
+            assert torch.equal(conv.A.detach(), torch.eye(J))
+    ok = torch.ones(2, V, dtype=torch.bool)
+    for hand in model(torch.randn(2, V, 3, S, S), ok, hamuco.quiet(ok)):
+        assert float(hand.theta.detach().abs().max()) < 1e-6 and (hand.beta == 0).all()
+        assert torch.equal(hand.camera.detach(), torch.tensor([5.0, 0, 0]).expand(6, 3))
+        wrist, tip = (hand.xyz[:, 778 + j].detach() for j in (0, 12))
+        assert (tip[:, 1] < wrist[:, 1] - 0.5).all()        # the middle finger's tip is above the wrist, y down
+        assert hand.uv[:, 778:].detach().abs().max() < 1.2
+    assert HaMuCo.USES == {"image", "view_ok", "cameras"}
+
+
+def test_values_of_the_authors_code_are_the_defaults():
+    cfg = Config()
+    assert (cfg.weight_decay, cfg.alpha, cfg.gamma, cfg.augment, cfg.micro_batch) == (0.01, 0.01, 100.0, 1.0, 8)
+    assert hamuco.rig_of(cfg) == sources.Rig(8, 0.1, 1.25 / 2.2)
+    assert hamuco.rig_of(dataclasses.replace(cfg, quick=True, views=4)) == sources.Rig(4, 0.2, 1.25 / 2.2)
+
+
+def test_a_share_of_the_training_moments_lies_in_a_larger_one_and_tests_are_whole(monkeypatch):
+    monkeypatch.setattr(hamuco, "open_data", lambda cfg, *more, **rig: Given(eight()))
+    found = {share: hamuco.open_rig(config(data_fraction=share), "train", torch.device("cpu")) for share in (0.25, 0.6, 1.0)}
+    rows = {share: set(map(float, data.targets(torch.arange(len(data)))["uv_label"][:, 0, 0, 0])) for share, data in found.items()}
+    assert [len(x) for x in rows.values()] == [2, 5, 8] and rows[0.25] < rows[0.6] < rows[1.0]
+    other = hamuco.open_rig(config(data_fraction=0.25, seed=9), "train", torch.device("cpu"))
+    assert set(map(float, other.targets(torch.arange(2))["uv_label"][:, 0, 0, 0])) != rows[0.25]
+    assert len(hamuco.open_rig(config(data_fraction=0.25), "test", torch.device("cpu"))) == 8
+
+
+def test_no_epochs_leave_the_first_weights(command, tmp_path):
+    torch.manual_seed(99)
+    torch.save(Tiny().state_dict(), tmp_path / "encoder.pt")
+    calls, out = command("--epochs", "0", "--init", str(tmp_path / "encoder.pt"))
+    assert not calls
+    kept = torch.load(out / "finetune.pt", weights_only=True)
+    given = torch.load(tmp_path / "encoder.pt", weights_only=True)
+    assert all(torch.equal(kept["model"]["backbone." + key], x) for key, x in given.items()) and kept["epoch"] == 0
+    assert (kept["method"], kept["row"]) == ("hamuco", "hamuco") and (kept["model"]["heads.0.2.weight"] == 0).all()
+
+
+def test_a_resumed_round_learns_the_labels_that_were_kept(command):
+    calls, out = command("--rounds", "2")
+    (out / "train-hamuco-2" / "last.pt").unlink()
+    file = out / "train-hamuco" / "labels.pt"
+    torch.save({"uv": torch.load(file, weights_only=True)["uv"] + 3}, file)
+    again, _ = command("--rounds", "2", "--resume")
+    assert len(again) == 4
+    for old, new in zip(calls[4:], again):
+        assert torch.allclose(new["batch"]["uv_label"], old["batch"]["uv_label"] + 3, equal_nan=True)
+    assert all(torch.equal(x, again[0]["state"][key]) for key, x in calls[4]["state"].items())
+    (out / "train-hamuco-2" / "last.pt").unlink()
+    torch.save({"uv": torch.load(file, weights_only=True)["uv"][:5]}, file)
+    with pytest.raises(common.UserError, match="holds labels of 5 moments, the data are 8"):
+        command("--rounds", "2", "--resume")
+
+
+def test_rows_of_labels_are_what_they_are_called(exact):
+    """Tab. 3, top: plain and weighted DLT, RANSAC, and RANSAC refined; a placed hand is seen where its joints were."""
+    batch = moments(0) | {"has": {"cameras": torch.ones(2, dtype=torch.bool)}, "crop": torch.eye(3).expand(2, V, 3, 3)}
+    batch["uv_label"] = batch["uv"].nan_to_num() + torch.randn(2, V, J, 2)
+    for key in ("cameras", "K", "uv_label"):
+        batch[key][0, 1] = math.nan
+    P = batch["K"] @ batch["cameras"][..., :3, :]
+    uv, by_joint = batch["uv_label"].transpose(1, 2), P[:, None].expand(-1, J, -1, -1, -1)
+    c = (batch["confidence"] * batch["view_ok"][..., None]).transpose(1, 2)
+    there = batch["view_ok"][:, None].expand(-1, J, -1)
+    plain, inliers = hamuco.ransac(uv, by_joint, there, limit=30 * S / 256)
+    refined = hamuco.refine(plain, uv, by_joint, inliers, delta=2 * S / 256)
+    expected = {"dlt": hamuco.triangulate(uv, by_joint, (c > 0).double()), "dlt_confidence": hamuco.triangulate(uv, by_joint, c),
+                "ransac": plain, "ransac_huber": refined}
+    rows = hamuco.label_rows(batch, S)
+    assert list(rows) == ["labels", *expected] and rows["labels"]["uv"] is batch["uv_label"]
+    prediction = {name: {"uv": batch["uv_label"], "joints": batch["joints"]} for name in ("single", "interaction", "fusion")}
+    prediction["single"] = {"uv": torch.zeros(2, V, J, 2)}
+    batch["scale"][1] = 1.0
+    rows |= {"fusion": hamuco.place_fused(prediction, batch, S)["fusion_ransac"]}
+    ok = batch["view_ok"]
+    for name, X in (expected | {"fusion": refined}).items():
+        for b, v in zip(*ok.nonzero().T.tolist()):
+            M = batch["cameras"][b, v]
+            x = X[b] @ M[:3, :3].T + M[:3, 3]
+            assert torch.allclose(rows[name]["joints"][b, v], x, equal_nan=True, atol=1e-9), name
+            assert torch.allclose(rows[name]["root"][b, v], x[0], equal_nan=True, atol=1e-9), name
+            seen = x / x[:, 2:] @ batch["K"][b, v].T
+            assert torch.allclose(rows[name]["uv"][b, v], seen[:, :2], equal_nan=True, atol=1e-6), name
+    assert not torch.allclose(expected["dlt"][1], expected["dlt_confidence"][1]) and not torch.allclose(plain[1], refined[1])
