@@ -482,6 +482,18 @@ def twelve():
     return {key: torch.cat([one[key], two[key]]) for key in one}
 
 
+class Wrapped(torch.nn.Module):
+    """Stands for DistributedDataParallel: gradients of several processes meet only behind it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module, self.calls = model, 0
+
+    def forward(self, *given):
+        self.calls += 1
+        return self.module(*given)
+
+
 class Watched:
     """What a command's loop did: a record for each step, of weights, gradients, rates, modes and inputs."""
 
@@ -523,6 +535,11 @@ class Watched:
                 return watch.model
             return build
 
+        def parallel(model, device, compile):
+            watch.net = Wrapped(model)
+            return watch.net
+
+        monkeypatch.setattr(peclr, "parallel", parallel)
         monkeypatch.setattr(peclr, "training_steps", steps)
         monkeypatch.setattr(peclr, "Lars", spied(peclr.Lars))
         monkeypatch.setattr(torch.optim, "Adam", spied(torch.optim.Adam))
@@ -557,6 +574,7 @@ def moved(before, layer_calls):
 
 def check_loop(watch, terms_of, adam, rates, first, log, frozen=()):
     """Each step: gradients by the oracle, then a hand-written optimiser and BatchNorm; modes, rates, log."""
+    assert watch.net.calls == len(watch.seen) >= len(watch.steps)          # never past what joins processes
     moments, lines = {}, [json.loads(line) for line in log.read_text().splitlines()]
     lines = [line for line in lines if "step" in line]
     assert [line["lr"] for line in lines] == pytest.approx(rates, rel=1e-5)
@@ -666,17 +684,21 @@ def test_each_epoch_of_mixed_data_draws_every_source_equally_often(monkeypatch, 
     assert all(batch["index"].max() < 12 for _, (batch,) in watch.given)
 
 
-def check_start(model, initial, batch):
+def check_start(model, initial, batch, bone):
     """Point 11: the head starts at the training set's mean u, v, d, its weights at a tenth; 13: the mean bone."""
-    hands = [torch.where(ok[:, None], joints, math.nan) for ok, joints in zip(batch["joints_ok"], batch["joints"])]
+    hands = list(batch["joints"])
     whole = [hand for hand in batch["joints"] if hand.isfinite().all()]
     lengths = torch.stack([(hand[10] - hand[9]).norm() for hand in whole])
     assert float(model.unit) == pytest.approx(float(lengths.mean()), rel=1e-5)
     assert len(hands) == 12
     mean = torch.stack([hand - hand[0] for hand in whole]).mean(0)
-    depth = mean[:, 2] - (mean[0, 2] + mean[9, 2]) / 2
-    uv = batch["uv"].nanmean(0)
-    uv[0] = (uv[0] + uv[9]) / 2
+    uv, depth = batch["uv"].nanmean(0), mean[:, 2] - mean[0, 2]
+    if bone == "middle":
+        depth = mean[:, 2] - (mean[0, 2] + mean[9, 2]) / 2
+        uv[0] = (uv[0] + uv[9]) / 2
+    else:
+        known = [hand for hand in hands if hand[[0, 5]].isfinite().all()]
+        lengths = torch.stack([(hand[5] - hand[0]).norm() for hand in known])
     uv = (uv / STORED - 0.5) * SIDE * 2.2 * 0.7 + SIDE / 2
     bias = model.head[-1].bias.view(21, 3)
     assert close(bias[:, :2], uv, 1e-4) and close(bias[1:, 2], depth[1:] / lengths.mean(), 1e-4)
@@ -687,8 +709,9 @@ def check_start(model, initial, batch):
 def test_the_loop_of_finetuning_is_adam_on_equation_5_also_after_a_validation(freeze, monkeypatch, tmp_path, first_weights):
     watch = Watched(monkeypatch, Few(twelve()), Few(rows(samples(seed=8), [0, 1, 3])))
     peclr.main(["--finetune", "synthetic", "--out", str(tmp_path / "run"), *WORDS, "--init", str(first_weights[0]),
-                "--micro-batch", "2", "--lr", "0.01", "--weight-decay", "0.05", *["--freeze"] * freeze])
-    cfg = Config(seed=5, freeze=freeze, **TINY)
+                "--micro-batch", "2", "--lr", "0.01", "--weight-decay", "0.05", *["--freeze", "--bone", "index"] * freeze])
+    bone = "index" if freeze else "middle"
+    cfg = Config(seed=5, freeze=freeze, bone=bone, **TINY)
 
     def terms(model, parts, epoch):
         found = [true_finetuning(model, part, cfg, epoch) for part in parts]
@@ -705,9 +728,52 @@ def test_the_loop_of_finetuning_is_adam_on_equation_5_also_after_a_validation(fr
     assert [line["epoch"] for line in log if "val_mpjpe_mm" in line] == [1, 2]
     assert watch.opened == [(("synthetic",), "train", STORED, 2.2, True), (("synthetic",), "val", STORED, 2.2, False)]
     assert watch.crossed == [False, True] * 6
-    check_start(watch.steps[0]["before"], watch.initial, twelve())
+    check_start(watch.steps[0]["before"], watch.initial, twelve(), bone)
     inputs = torch.cat(watch.seen).flatten(1)
     assert len(inputs) == 24 and len(inputs.unique(dim=0)) == 24
+
+
+def test_finetuning_broken_off_goes_on_where_it_was(monkeypatch, tmp_path):
+    """In the second epoch, after a save within it; the weights are those of a straight run."""
+    words = ["--finetune", "synthetic", *WORDS, "--micro-batch", "4", "--save-minutes", "0.00001"]
+    rate, found = peclr.lr_at, {}
+
+    def power_cut(step, *more):
+        if step == 5 and "broken" not in found:
+            raise RuntimeError("power cut")
+        return rate(step, *more)
+
+    for name in ("straight", "broken"):
+        Watched(monkeypatch, Few(twelve()), Few(rows(samples(seed=8), [0, 1, 3])))
+        if name == "broken":
+            monkeypatch.setattr(peclr, "lr_at", power_cut)
+            with pytest.raises(RuntimeError, match="power cut"):
+                peclr.main([*words, "--out", str(tmp_path / name)])
+            found[name] = None
+            peclr.main(["--out", str(tmp_path / name), "--resume"])
+        else:
+            peclr.main([*words, "--out", str(tmp_path / name)])
+        found[name] = torch.load(tmp_path / name / "finetune-scratch" / "last.pt")
+        monkeypatch.undo()
+        exact_names(monkeypatch)
+    assert found["straight"]["step"] == found["broken"]["step"] == 6
+    assert all(torch.equal(value, found["broken"]["model"][key]) for key, value in found["straight"]["model"].items())
+
+
+@pytest.mark.parametrize("words, folder, file", [
+    ([], "pretrain-peclr", "backbone.pt"), (["--objective", "simclr"], "pretrain-simclr", "backbone.pt"),
+    (["--variant", "one-range", "bgr"], "pretrain-peclr-one-range-bgr", "backbone.pt")])
+def test_pretraining_writes_its_encoder_and_a_folder_named_after_its_objective(words, folder, file, monkeypatch, tmp_path):
+    Watched(monkeypatch, Few(twelve()))
+    peclr.main(["--data", "synthetic", "--out", str(tmp_path / "run"), *WORDS, "--micro-batch", "4", "--epochs", "0", *words])
+    assert (tmp_path / "run" / folder / "last.pt").is_file() and (tmp_path / "run" / file).is_file()
+
+
+def test_with_quick_the_encoder_of_simclr_stands_beside_peclr_s(monkeypatch, tmp_path):
+    Watched(monkeypatch, Few(twelve()))
+    made = [peclr.pretrain(Config(quick=True, epochs=0, batch_size=4, micro_batch=4, objective=objective, **TINY), tmp_path,
+                           torch.device("cpu")) for objective in ("simclr", "peclr")]
+    assert made == [tmp_path / "backbone-simclr.pt", tmp_path / "backbone.pt"] and all(file.is_file() for file in made)
 
 
 # ---- Prediction is training's twin
@@ -814,5 +880,8 @@ def test_numbers_of_the_authors_code_are_those_of_the_notes():
             tuned.image_size, tuned.freeze, tuned.two_pass) == (128, 32, 0.0, 2e-4, 100, 5e-4, 224, False, False)
     frozen = peclr.finetune_config({"finetune": "freihand", "freeze": True})
     assert (frozen.epochs, frozen.lr, frozen.freeze) == (50, 5e-4, True)
+    for given, epochs, rate in (({"epochs": 3}, 3, 5e-4), ({"quick": True}, 3, 5e-3), ({"quick": True, "lr": 0.1}, 3, 0.1)):
+        frozen = peclr.finetune_config({"finetune": "freihand", "freeze": True} | given)
+        assert (frozen.epochs, frozen.lr) == (epochs, rate)
     assert (peclr.stored_side(tuned), peclr.MARGIN, peclr.VIEW_MARGIN, peclr.RADIUS) == (336, 2.2, 2.9, 0.65)
     assert pytest.approx(0.7) == 1 / peclr.CROP

@@ -99,6 +99,18 @@ BROKEN = [
     ("for view, uv in zip(crops, transform(A, batch[\"uv\"]))]", "for view, uv in zip(crops, batch[\"uv\"])]", "pictures_of_views"),
     ("STORE = 1.5   ", "STORE = 1.0   ", "authors_code"),
     ("PROBE = dict(epochs=50)   ", "PROBE = dict(epochs=100)   ", "authors_code"),
+    ("            with batch_statistics(model):\n                for", "            if True:\n                for", TUNED),
+    ("terms = accumulated_step(net, micro_batches, cfg, epoch)", "terms = accumulated_step(model, micro_batches, cfg, epoch)", "loop_of_pretraining and accumulated"),
+    ("        for step, micro_batches in training_steps(data, cfg, epoch, run.step % steps, device):", "        for step, micro_batches in training_steps(data, cfg, epoch, 0, device):", "broken_off"),
+    ("    torch.manual_seed(cfg.seed)\n    folder = out / f\"{'probe'", "    folder = out / f\"{'probe'", "broken_off"),
+    ("    torch.manual_seed(cfg.seed)\n    name =", "    name =", "agree_between_runs"),
+    ("name = \"-\".join((cfg.objective, *cfg.variant))", "name = cfg.objective", "writes_its_encoder"),
+    ("beside = cfg.quick and cfg.objective != \"peclr\"", "beside = False", "stands_beside"),
+    ("given = (QUICK_PROBE if given.get(\"quick\") else PROBE) | given", "given = given | (QUICK_PROBE if given.get(\"quick\") else PROBE)", "authors_code"),
+    ("            group[\"weight_decay\"] = 0.0  ", "            group[\"weight_decay\"] = decay  ", LOOP),
+    ("        for group, decay in zip(self.param_groups, decays):\n            group[\"weight_decay\"] = decay", "        del decays", LOOP),
+    ("            optimizer.zero_grad(set_to_none=True)\n            run.advance(terms", "            run.advance(terms", LOOP),
+    ("            optimizer.zero_grad(set_to_none=True)\n            run.advance(sums", "            run.advance(sums", TUNED),
 ]
 
 # Line as it stands, line as broken, part of the test's name in test_peclr.py.
