@@ -72,7 +72,7 @@ def test_left_hands_are_mirrored_with_everything_they_carry(tmp_path):
     K = np.array([[400, 2, 66], [0, 410, 52], [0, 0, 1.0]])
     uv = joints @ K.T
     uv = uv[:, :2] / uv[:, 2:]
-    columns = dict(box=[20, 10, 80, 80], K=K, joints=joints, uv=uv, verts=[[1, 2, 3]] * 778,
+    columns = dict(box=[20, 10, 80, 80], K=K, joints=joints, uv=uv, uv_label=uv + [3, -2], verts=[[1, 2, 3]] * 778,
                    trans=[0.1, 0.2, 0.3], pose=np.tile([0.1, 0.2, 0.3], 16), shape=np.arange(10))
     picture = noise(100, 120)
     right = Hands(one(tmp_path, picture, "right", **columns), 64, 1.25)[0]

@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 import ti_net
-from common import steps_per_epoch
+from common import UserError, steps_per_epoch
 from sources import Source, batches, open_data, training_steps
 from sources.folder import index_folder
-from sources.hands import Hands
+from sources.hands import Cameras, Hands, Views
 from sources.loader import Joined, Rows, read_items
 from sources.stages import evaluate
 from sources.synthetic import Cached, Synthetic
@@ -46,6 +46,7 @@ SOURCES = {
     "joined": lambda p: Joined([folder(p / "a"), Cached(Synthetic(32, 3, margin=1.25), p / "c"), photos(p / "b")]),
     "live": lambda p: Joined([Synthetic(32, 2, margin=1.25), folder(p)]),
     "synthetic": lambda p: Synthetic(32, 5), "synthetic views": lambda p: Synthetic(32, 4, views=2),
+    "some views": lambda p: Cameras(Synthetic(32, 4, views=3), (2, 0)),
     "cached": lambda p: Cached(Synthetic(32, 5), p), "cached views": lambda p: Cached(Synthetic(32, 4, views=2), p)}
 
 
@@ -216,3 +217,16 @@ def test_synthetic_hands_and_a_folder_make_one_data_set(tmp_path):
 def test_scoring_an_empty_data_set_gives_no_scores():
     model = torch.nn.Module()
     assert evaluate(model, Numbers(0), ti_net.Config(workers=0), CPU) == {}
+
+
+def test_some_cameras_are_the_ones_named_in_that_order(tmp_path):
+    rig_tree(tmp_path, frames=3)
+    hands = open_tree(tmp_path).hands
+    both, turned = Views(hands, 2), Views(hands, 2, (1, 0))
+    second = Views(hands, 2, (1,))
+    for key in ("image", "uv_label", "K", "cameras", "view_ok"):
+        assert equal(turned[0][key], both[0][key].flip(0)) and equal(second[0][key], both[0][key][1:]), key
+        assert equal(next(Cameras(both, (1,)).batches([torch.arange(2)], CPU, 0))[key][0], both[0][key][1:]), key
+    assert Cameras(both, (1,)).targets(torch.arange(2))["uv_label"].shape == (2, 1, 21, 2)
+    with pytest.raises(UserError, match="has 2 cameras, from 0 on, so no 2"):
+        Views(hands, 2, (2,))
