@@ -286,8 +286,18 @@ def test_a_moment_without_views_adds_nothing_and_nan_shows():
     ok = torch.tensor([[True, True, True], [False, False, False]])
     out = block(G, quiet(ok).see[0], ok, None)
     near(out[1], G[1], 1e-12)
-    G[0, 1, 4, 2] = math.nan
-    assert block(G, quiet(ok).see[0], ok, None)[0].isnan().any()
+    G[0, 1, 4, 2] = math.nan                                # of view 1, and by the maximum of view 0 too
+    assert block(G, quiet(ok).see[0], ok, None)[0, 0].isnan().any()
+
+
+def test_a_label_that_is_not_known_has_no_loss_and_no_gradient():
+    uv, target, c = torch.randn(1, 1, 21, 2, requires_grad=True), torch.zeros(1, 1, 21, 2), torch.ones(1, 1, 21)
+    target[0, 0, 4], c[0, 0, 4] = math.nan, 0.0
+    value = loss_2d(uv, target, c, torch.ones(1, 1, dtype=torch.bool))
+    others = [j for j in range(21) if j != 4]
+    assert float(value.detach()) == pytest.approx(float(uv.detach()[:, :, others].abs().sum()) / 42)
+    grad, = torch.autograd.grad(value, uv)
+    assert grad.isfinite().all() and not grad[0, 0, 4].any()
 
 
 def hands(B=2, V=4, dtype=EXACT):

@@ -767,3 +767,12 @@ def test_rows_of_labels_are_what_they_are_called(exact):
             seen = x / x[:, 2:] @ batch["K"][b, v].T
             assert torch.allclose(rows[name]["uv"][b, v], seen[:, :2], equal_nan=True, atol=1e-6), name
     assert not torch.allclose(expected["dlt"][1], expected["dlt_confidence"][1]) and not torch.allclose(plain[1], refined[1])
+
+
+def test_a_network_that_was_judged_before_trains_in_training_mode(monkeypatch, tmp_path):
+    cfg, record = config(epochs=1, mask_epochs=0), Recorder(monkeypatch)
+    model = HaMuCo(cfg).eval()
+    before = model.backbone.norms[0].running_mean.clone()
+    hamuco.train(cfg, tmp_path, model, Given(eight()), torch.device("cpu"), None)
+    assert len(record.calls) == 4 and all(call["training"] for call in record.calls)
+    assert not torch.equal(model.backbone.norms[0].running_mean, before)
