@@ -546,7 +546,7 @@ def log_of(folder, word):
 
 def test_pretraining_s_loop_is_adamw_by_hand(hands, small, tmp_path, monkeypatch):
     init, weights = first_weights(tmp_path)
-    cfg = loop_config(tmp_path, init=init, lr=0.5, warmup_epochs=1.0, weight_decay=4.0, w=100.0, probe_every=2, epochs=3)
+    cfg = loop_config(tmp_path, init=init, lr=0.5, warmup_epochs=1.0, weight_decay=4.0, w=0.8, probe_every=2, epochs=3)
     watched, probes = Watched(monkeypatch, "pretrain", hands), []
 
     def probe(model, encode, *rest):
@@ -574,7 +574,7 @@ def test_pretraining_s_loop_is_adamw_by_hand(hands, small, tmp_path, monkeypatch
     start = {k: v.clone() for k, v in model.state_dict().items()}
     rates = cosine(0.5 * 2 / 256, 2, 6)
     states, norms, means = by_hand(model, hands["train"], cfg, plain_pretrain_step, rates, (0.9, 0.95), 5.0)
-    assert max(norms) > 10 and max(norms) > 1.5 * min(norms)              # the clip is seen
+    assert max(norms) > 6 and min(norms) < 4, norms                       # some are clipped to 5, some are not
     assert_same_states(watched.states, states, start)
     assert_same_terms(watched, rates, means)
     kept = torch.load(tmp_path / "backbone.pt")
