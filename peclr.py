@@ -53,8 +53,9 @@ Differs from the paper
 11. Fine-tuning. The release has no code for it. Losses, their weights (2D 1, depth 5, root 1),
     decay 2e-4, cosine and epochs are those of the first author's earlier project (dahiyaaneesh/
     Handposeestimation @4837be4), whose rate matches the paper's 5e-4; crops are 1 / 0.7 of the box,
-    as in the release's test code. Ours: the output's bias starts at the training set's mean, its
-    weights at a tenth; the frozen encoder's head has 512 hidden units.
+    and on FreiHAND begin at the picture's centre and follow the prediction (freihand:centre,
+    --two-pass), as in the release's test code. Ours: the output's bias starts at the training set's
+    mean, its weights at a tenth; the frozen encoder's head has 512 hidden units.
 12. Bones. The release's networks mean the palm's middle as root and the middle finger's first
     phalanx as unit (--bone middle, FreiHAND's scale), its loaders the wrist and the bone to the
     index MCP (--bone index). Both are here, with the floors and refinement inputs of each.
