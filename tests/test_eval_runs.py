@@ -233,6 +233,7 @@ def test_the_split_that_closes_a_stage_is_the_paper_s(tmp_path, monkeypatch, cap
 
 def test_a_submission_to_freihand_never_sees_its_truth(here, monkeypatch):
     """The evaluation's truth may lie in the folder: neither crops nor places come from it."""
+    monkeypatch.setattr(judge, "images_a_second", lambda exam, net, count: 1.0)
     (here / "d").mkdir()
     write_freihand(here / "d", "evaluation", 9)
     run_of(here / "run")
