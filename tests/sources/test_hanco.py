@@ -67,6 +67,9 @@ def test_hanco_labels_that_come_later_are_seen(g, tmp_path):
     assert np.isnan(index.columns["uv_label"]).all() and index.columns["joints"].shape == (8, 21, 3)
     (tmp_path / "labels").rename(tmp_path / "d" / "rgb_2D_keypoints")
     assert np.isfinite(index_hanco(tmp_path / "d", cache=tmp_path / "cache").columns["uv_label"]).all()
+    next((tmp_path / "d" / "rgb_2D_keypoints" / "0003" / "cam3").iterdir()).unlink()
+    some = np.isfinite(index_hanco(tmp_path / "d", cache=tmp_path / "cache").columns["uv_label"]).all((1, 2))
+    assert some.tolist() == [True] * 3 + [False] + [True] * 4
     assert index.columns["box"][0].tolist() == [60, 60, 104, 104]
 
 
