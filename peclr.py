@@ -33,7 +33,9 @@ Differs from the paper
     by the factor of the resize. Ours is the share of the crop that the hand moved.
  4. Shift. The paper is silent; the code takes 0 to 14 px of the source, left and up, ours up to 7.5
     of 128 px of the view either way: test crops lie in the middle of what was trained. Our angles
-    are not rounded.
+    are not rounded. At a picture's left and top edge the code moves the crop inside and records the
+    longer shift; at the other two it cuts the crop off and stretches the rest to a square, which
+    nothing undoes. Ours stays square, with black outside the picture, under `authors-shift` too.
  5. Scale has no inverse: a projection's length drops out of the cosine (Sec. 3.2, last sentence).
     That is exact where points scale about the origin; rotation is about their mean.
  6. Colour jitter. The code turns RGB arrays to HSV as if they were BGR (`bgr`); ours does not. The
