@@ -230,15 +230,16 @@ class Asked:
     hand: Mano                               # with the joints that the data set means
 
 
-def check_submission(spec: str, split: str, nets: list[Net], two_pass: bool) -> None:
+def check_submission(spec: str, split: str, nets: list[Net]) -> None:
     """UserError where no server takes a data set, or its crops could know the truth."""
     name, part, folder = parse_data(spec)
     if name not in SUBMIT or split != "test" or len(nets) > 1:
         raise UserError(f"--submit: no server takes {name} {split}; it can be the test split of "
                         f"{', '.join(SUBMIT)}, for one run")
     wanted = SUBMITTED_PART.get(name, part)
-    passes = isinstance(nets[0].cfg, peclr.Config) and not two_pass and name in SUBMITTED_PART
-    if part != wanted or passes:
+    one_pass = (isinstance(nets[0].cfg, peclr.Config) and not nets[0].model.cfg.two_pass
+                and name in SUBMITTED_PART)
+    if part != wanted or one_pass:
         place = f"={folder}" if folder else ""
         more = " --two-pass" if isinstance(nets[0].cfg, peclr.Config) else ""
         raise UserError(f"--submit: the first crops must not come from the evaluation's own truth; "
@@ -256,7 +257,7 @@ def asked_for(args: argparse.Namespace, flags: Flags, nets: list[Net]) -> Asked:
         flags = dataclasses.replace(flags, root=args.root or head.cfg.root,
                                     backgrounds=head.cfg.backgrounds)
     if args.submit:
-        check_submission(spec, split, nets, args.two_pass)
+        check_submission(spec, split, nets)
     known = PROTOCOLS.get(name, {})
     if unknown := set(args.protocol) - {"ours", *known}:
         raise UserError(f"--protocol {' '.join(sorted(unknown))}: {name} is judged by "

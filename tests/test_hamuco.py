@@ -626,7 +626,7 @@ def test_accumulated_micro_batches_have_the_gradients_of_their_mean(monkeypatch)
 WORKER = '''
 import sys
 import torch
-sys.path[:0] = sys.argv[1:3]
+sys.path[:0] = sys.argv[1:4]
 import hamuco
 from common import accumulate, parallel, share, start
 from test_hamuco import TINY, batch_of
@@ -646,7 +646,7 @@ for m in mine:
         loss = hamuco.train_step(net, cut(slice(2 * m, 2 * m + 2)), cfg, 1, 0)["loss"]
         (loss / len(mine)).backward()
 if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-    torch.save({n: p.grad for n, p in model.named_parameters()}, sys.argv[3])
+    torch.save({n: p.grad for n, p in model.named_parameters()}, sys.argv[4])
 if torch.distributed.is_initialized():                # what holds the group goes first, or its threads end the process
     torch.distributed.barrier()
     del net
@@ -664,7 +664,7 @@ def test_gradients_agree_on_one_and_two_processes(tmp_path):
     for count in (1, 2):
         runner = [sys.executable] if count == 1 else [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-        words = [str(tmp_path / "worker.py"), str(here.parent), str(here), str(tmp_path / f"{count}.pt")]
+        words = [str(tmp_path / "worker.py"), str(here.parent), str(here), str(here / "sources"), str(tmp_path / f"{count}.pt")]
         done = subprocess.run([*runner, *words], timeout=300, capture_output=True, text=True,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-3000:]

@@ -1003,7 +1003,7 @@ def test_a_label_fraction_of_freihand_keeps_all_backgrounds_of_a_hand(tmp_path):
     """Three hands, four pictures each, numbered id + 32560 x variant: one of three labels is four pictures."""
     cfg = Config(label_fraction=0.3, root=str(freihand_tree(tmp_path / "f")), cache=str(tmp_path / "c"), **TINY)
     data = open_data(cfg, ("freihand",), "train", 48, 2.2, torch.device("cpu"), labelled=True)
-    ids = [data[k]["id"] for k in range(len(data))]
+    ids = next(data.batches([torch.arange(len(data))], torch.device("cpu"), 0))["id"]
     assert len({int(name[-12:-4]) % 32560 for name in ids}) == 1 and len(ids) == 4
 
 
@@ -1031,19 +1031,19 @@ def test_a_released_network_is_scored_untrained_and_writes_the_server_s_file(gol
     assert len(state) == 336
     torch.save({"state_dict": state}, "released.pth")
     freihand_tree(tmp_path / "data" / "freihand")
-    peclr.main(["--init", "released.pth", "--finetune", "freihand", "--backbone", "resnet50", "--image-size", "32",
-                "--batch-size", "4", "--micro-batch", "4", "--epochs", "0", "--workers", "0", "--device", "cpu", "--out", "run"])
+    peclr.main(["--init", "released.pth", "--finetune", "freihand:centre", "--two-pass", "--backbone", "resnet50",
+                "--image-size", "32", "--batch-size", "4", "--micro-batch", "4", "--epochs", "0", "--workers", "0", "--device", "cpu", "--out", "run"])
     kept = torch.load("run/finetune.pt")["model"]
     assert torch.equal(kept["head.0.bias"][3:6], state["backend_model.fc.bias"][3:6])          # thumb's MCP is their joint 1
     assert torch.equal(kept["head.0.bias"][6:9], state["backend_model.fc.bias"][18:21])        # its PIP their joint 6
     assert torch.equal(kept["backbone.conv1.weight"], true["conv1.weight"])
     judge.main(["run", "--submit", "--workers", "0", "--device", "cpu"])
     said = capsys.readouterr().out
-    assert "freihand: the mesh's scores are not applicable" in said and "4 samples scored" in said
-    with zipfile.ZipFile(tmp_path / "run" / "eval-freihand" / "pred.zip") as archive:
+    assert "freihand: mesh scores are not applicable" in said and "4 samples scored" in said
+    with zipfile.ZipFile(tmp_path / "run" / "eval-freihand-centre" / "pred.zip") as archive:
         xyz, verts = json.loads(archive.read("pred.json"))
     assert np.array(xyz).shape == (4, 21, 3) and np.array(verts).shape == (4, 778, 3)
-    results = json.loads((tmp_path / "run" / "eval-freihand" / "metrics.json").read_text())["results"]
+    results = json.loads((tmp_path / "run" / "eval-freihand-centre" / "metrics.json").read_text())["results"]
     assert {r["protocol"] for r in results} == {"ours", "freihand", "peclr"}
     for file in tmp_path.glob("data/freihand/evaluation_[xmv]*"):
         file.unlink()
