@@ -256,5 +256,11 @@ def test_a_copied_piece_works_in_an_empty_folder(folders, piece):
     assert (folders[piece] / "done").exists()
 
 
+def test_the_table_is_readme_s_own():
+    readme = (ROOT / "README.md").read_text()
+    found = readme.partition("## What to copy")[2].partition("Weights:")[0]
+    assert [line for line in found.splitlines() if line.startswith("| ")][1:] == TABLE.strip().splitlines()
+
+
 def test_every_piece_is_called():
     assert [row[0] for row in rows()] == list(CALLS)
