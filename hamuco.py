@@ -74,9 +74,9 @@ from common import (
     MIDDLE_MCP, N_JOINTS, N_VERTS, Flags, Mano, Run, UserError, accumulate, arg, autocast,
     axis_angle_to_matrix, barrier, batch_statistics, bits, build_backbone, cpu_state, crop,
     decay_groups, denormalise, epe, guarded, invert, load_backbone, load_checkpoint,
-    matrix_to_axis_angle, normalise, open_out, parallel, parse, permutation, project, rank, recall,
-    remember, rotate_z, rotation, save_checkpoint, say, settle, share, six_d_to_matrix, start,
-    steps_per_epoch, transform, uniform, unwrapped, warp)
+    matrix_to_axis_angle, normalise, parallel, parse, permutation, project, rank, rotate_z,
+    rotation, save_checkpoint, say, settle, share, six_d_to_matrix, start, steps_per_epoch,
+    transform, uniform, unwrapped, warp)
 from hand import hand_mark
 from hand.drawing import curve, draw_skeleton, sheet
 from sources import Rig, Rows, Source, batches, data_name, hand_for, open_data, training_steps
@@ -85,6 +85,7 @@ from sources.loader import gather
 from sources.predictors import Predictor, outputs
 from sources.sheets import best_median_worst, draw_rows
 from sources.recipes import stored_config
+from sources.runs import open_out, recall, remember
 from sources.stages import mean_hand
 from sources.tables import table, write_results
 
@@ -1299,7 +1300,6 @@ def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
     There the back-bone goes on from where the baseline's was after half of its epochs, in the place
     of a long warm-up, so both have seen as many pictures in the end; --init says otherwise.
     """
-    given = remember(out, recall(given | {"out": str(out)}))
     cfg = stage_config(given)
     names = []
     if cfg.quick and "single-view" not in cfg.variant:
@@ -1321,7 +1321,7 @@ def main(argv: list[str] | None = None) -> None:
     share(cfg.batch_size, cfg.micro_batch)
     name = "-".join(map(data_name, cfg.data))
     with open_out(cfg.out, f"runs/{METHOD}-{name}{'-quick' * cfg.quick}", cfg.resume) as out:
-        run_stages(given, out, device)
+        run_stages(remember(out, recall(given | {"out": str(out)})), out, device)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ from common import (
     BACKBONES, N_JOINTS, N_VERTS, Flags, Run, UserError, accumulate, arg, autocast,
     axis_angle_to_matrix, barrier, blur, build_backbone, cpu_state, crop, decay_groups, denormalise,
     flip, guarded, invert, jitter_colour, load_backbone, matrix_to_six_d, normal, normalise,
-    parallel, rank, recall, remember, rotate_z, rotation, save_checkpoint, say, settle,
+    parallel, rank, rotate_z, rotation, save_checkpoint, say, settle,
     six_d_to_matrix, solarise, steps_per_epoch, to_grey, transform, uniform, unwrapped,
     view_intrinsics, warp, world)
 from hand.drawing import draw_skeleton, sheet
@@ -1205,8 +1205,6 @@ def draw_crops(folder: Path, data: Source, cfg: Config, device: torch.device) ->
 
 def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
     """One stage, or with --quick all of them: Tab. 3 in small."""
-    given = remember(out, recall(given | {"out": str(out)}))
-
     if given.get("quick"):
         every = given.get("variant", ())
         tuning = tuple(name for name in every if name in FINETUNE_VARIANTS)

@@ -80,7 +80,7 @@ from common import (
     BACKBONES, N_JOINTS, Flags, Run, UserError, ViT, accumulate, arg, autocast, batch_statistics,
     barrier, blur, build_backbone, cpu_state, crop, decay_groups, denormalise, guarded, hsv_to_rgb,
     invert, load_backbone, load_checkpoint, normal, normalise, parallel, permutation, project, rank,
-    recall, remember, rgb_to_hsv, rotation, save_checkpoint, say, settle, steps_per_epoch, to_grey,
+    rgb_to_hsv, rotation, save_checkpoint, say, settle, steps_per_epoch, to_grey,
     transform, translation, uniform, view_intrinsics, warp, world)
 from hand.drawing import draw_skeleton, label, picture, sheet
 from sources import Source, batches, open_data, training_steps
@@ -916,7 +916,6 @@ def finetune_config(given: dict[str, Any]) -> Config:
 
 def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
     """One stage, or with --quick all: both objectives, then every row frozen and end to end."""
-    given = remember(out, recall(given | {"out": str(out)}))
     if given.get("quick"):
         inits = {"scratch": "random"}
         for objective in ("simclr", "peclr"):

@@ -75,8 +75,8 @@ from typing import Any, NamedTuple
 from common import (
     BACKBONES, Flags, Run, UserError, accumulate, arg, autocast, axis_angle_to_matrix, barrier,
     batch_statistics, build_backbone, cpu_state, crop, decay_groups, denormalise, flip, guarded,
-    invert, load_backbone, normalise, parallel, rank, recall, remember, rotation, save_checkpoint,
-    say, settle, steps_per_epoch, transform, translation, uniform, unwrapped, warp)
+    invert, load_backbone, normalise, parallel, rank, rotation, save_checkpoint, say, settle,
+    steps_per_epoch, transform, translation, uniform, unwrapped, warp)
 from hand.drawing import draw_skeleton, sheet
 from sources import Source, batches, hand_for, open_data, training_steps
 from sources.recipes import row_name
@@ -750,7 +750,6 @@ def element_name(element: Element) -> str:
 
 def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
     """One stage, or with --quick all of them."""
-    given = remember(out, recall(given | {"out": str(out)}))
     if given.get("finetune") and not given.get("quick"):
         cfg = settle(Config, given, "finetune", QUICK)
         rows = [row_name(cfg.init, cfg.row)]

@@ -10,8 +10,7 @@ from typing import Any
 # common before torch: it settles how threads wait
 from common import (
     N_JOINTS, Run, UserError, axis_angle_to_matrix, cpu_state, load_checkpoint,
-    matrix_to_axis_angle, open_out, parse, rank, recall, save_checkpoint, say, score, settle, share,
-    start, summarise)
+    matrix_to_axis_angle, parse, rank, save_checkpoint, say, score, settle, share, start, summarise)
 from hand import hand_mark
 from hand.drawing import curve
 from sources import Source, Targets, batches, data_name, hand_for, open_data, scored_split
@@ -19,6 +18,7 @@ from sources.judging import Exam, Row, assess, predictions
 from sources.loader import gather
 from sources.predictors import Net
 from sources.recipes import origin, stored_config
+from sources.runs import open_out, recall, remember
 from sources.sheets import best_median_worst, draw_rows
 from sources.synthetic import Cached, Synthetic
 from sources.tables import STAGE, Means, gain, table, write_results
@@ -43,7 +43,7 @@ def launch(Config: type, method: str, argv: list[str] | None, about: str, quick:
     name = "-".join(map(data_name, cfg.data))
     name = f"finetune-{data_name(cfg.finetune)}" if cfg.finetune else name
     with open_out(cfg.out, f"runs/{method}-{name}{'-quick' * cfg.quick}", cfg.resume) as out:
-        run_stages(given, out, device)
+        run_stages(remember(out, recall(given | {"out": str(out)})), out, device)
 
 
 def mean_hand(data: Targets, most: int = 16384) -> dict[str, Any]:

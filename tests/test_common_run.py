@@ -19,7 +19,7 @@ import handmim
 import peclr
 import ti_net
 from common import (
-    Log, UserError, load_checkpoint, open_out, parse, save_checkpoint, settle, share)
+    Log, UserError, load_checkpoint, parse, save_checkpoint, settle, share)
 
 ROOT = Path(__file__).parent.parent
 FIRST = ["--data", "synthetic:calm", "--decoder-width", "4", "--probe-every", "0"]       # flags of pre-training
@@ -155,35 +155,7 @@ def test_bad_input_gives_one_sentence_and_leaves_no_folder(tmp_path, monkeypatch
     assert not list(tmp_path.glob("runs/*")) and not (tmp_path / "file" / "log.jsonl").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
-    with pytest.raises(UserError, match="cannot be written"):
-        with open_out("/proc/nowhere/run", "x", False):
-            pass
-
-
 # ---- Folders, logs, checkpoints
-
-
-def test_default_folders_are_numbered(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for expected in ("runs/a", "runs/a-2", "runs/a-3"):
-        with open_out("", "runs/a", False) as folder:
-            assert str(folder) == expected
-    with open_out("", "runs/a", True) as folder:
-        assert str(folder) == "runs/a-3"
-
-
-def test_a_failed_start_leaves_nothing_and_a_later_failure_keeps_the_run(tmp_path):
-    with pytest.raises(UserError):
-        with open_out(str(tmp_path / "a"), "x", False) as folder:
-            (folder / "views.png").touch()
-            raise UserError("no")
-    assert not (tmp_path / "a").exists()
-    with pytest.raises(UserError):
-        with open_out(str(tmp_path / "b"), "x", False) as folder:
-            save_checkpoint(folder / "last.pt", {"step": 1})
-            raise UserError("no")
-    assert (tmp_path / "b" / "last.pt").exists()
 
 
 def test_a_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
@@ -259,17 +231,6 @@ def test_a_run_cannot_go_on_with_another_batch_size(tmp_path):
     begin(batch_size=68).save()
     with pytest.raises(UserError, match="was written with batch_size 68, not 34; a resumed run cannot change it"):
         begin(batch_size=34)
-
-
-def test_a_resumed_command_remembers_its_flags_and_those_given_now_win(tmp_path):
-    common.remember(tmp_path, {"out": str(tmp_path), "resume": False, "data": ("a", "b"), "epochs": 3})
-    assert json.loads((tmp_path / "flags.json").read_text()) == {"data": ["a", "b"], "epochs": 3}
-    now = {"out": str(tmp_path), "resume": True, "epochs": 5}
-    assert common.recall(now) == now | {"data": ("a", "b")}
-    assert common.recall(now | {"resume": False}) == now | {"resume": False}
-    (tmp_path / "flags.json").write_text("{")
-    with pytest.raises(UserError, match="flags.json: is damaged"):
-        common.recall(now)
 
 
 def test_a_lost_loss_stops_the_run_in_a_sentence(tmp_path):

@@ -68,7 +68,6 @@ FAULTS = [
     ("common.py", 'for name in given if stage in STAGES and not given.get("quick") else ():', "for name in given if stage in STAGES else ():", "test_common_run.py", "other_stage"),
     ("common.py", '"warmup_epochs" not in given:      # one', '"epochs" in given:      # one', "test_common_run.py", "warm_up"),
     ("common.py", "cfg.warmup_epochs = min(cfg.warmup_epochs, cfg.epochs / 10)", "cfg.warmup_epochs = cfg.epochs / 10", "test_common_run.py", "warm_up"),
-    ("common.py", "for k, v in stored.items()} | given", "for k, v in (given | stored).items()}", "test_common_run.py", "remembers"),
     # steps and processes
     ("common.py", 'optimizer.load_state_dict(state["optimizer"])\n', "pass\n", "test_common_run.py", "optimiser_back"),
     ("common.py", 'self.lost = self.lost | ~terms["loss"].isfinite()', 'self.lost = ~terms["loss"].isfinite() & self.lost', "test_common_run.py", "lost_loss"),
