@@ -1,15 +1,23 @@
 """What readers of data sets do with folders and files; what they parsed is parsed once."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import math
 import os
+import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:                                     # Windows
+    import msvcrt
+    fcntl = None
 
 # common before torch: it settles how threads wait
 from common import N_JOINTS, UserError
@@ -20,6 +28,30 @@ import numpy as np
 
 INDEX_VERSION = 2                                       # raise it when what readers return changes
 UNLABELLED = "unlabelled frames"                        # why a row may be left out
+
+
+@contextlib.contextmanager
+def locked(path: str | Path, wait: bool = True) -> Iterator[None]:
+    """Hold the file `path`, which is made for that and stays, against all other processes.
+
+    With `wait` until another lets go of it; else BlockingIOError at once. The lock belongs to this
+    process, not to its children, and ends with it however it ends: a kill leaves none behind, not
+    even while data workers outlive it. The same process may take it twice.
+    """
+    with open(path, "ab") as file:
+        while True:
+            try:
+                if fcntl:
+                    fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                else:
+                    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                break
+            except (BlockingIOError, PermissionError) as error:        # as the system calls it
+                if not wait:
+                    raise BlockingIOError(error.errno, "held by another process", str(path)
+                                          ) from None
+                time.sleep(0.5)                         # Windows waits for ten seconds at most
+        yield
 
 
 def data_folder(root: str | Path, name: str) -> Path:

@@ -1,7 +1,6 @@
 """Rendered hands with every label exact."""
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import math
 import os
@@ -20,6 +19,7 @@ from hand.render import Light, rasterise, shade, vertex_normals, visible_joints
 from hand.scene import (
     ARM, OCCLUDER, arm_verts, boundary, occluder_verts, occlusion, painted, ramp, rotation_between,
     scenery, tube)
+from sources.files import locked
 from sources.loader import Source, to_device
 
 import numpy as np
@@ -527,18 +527,17 @@ class Cached(Source):
         need = n * item
         free = shutil.disk_usage(self.path.parent).free
         print(f"rendering {n} samples of {self.source.name} into {self.path}: {need / 1e6:.0f} MB")
-        with open(part, "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(self.path.with_suffix(".lock")):
             if self.path.exists():                          # another process was faster
-                part.unlink(missing_ok=True)
                 return
-            done = file.tell() // (BLOCK * item)
-            if need - done * BLOCK * item > free:
-                raise UserError(f"--cache {self.path.parent}: {need / 1e6:.0f} MB needed, "
-                                f"{free / 1e6:.0f} MB free; lower --samples or --image-size")
-            file.truncate(done * BLOCK * item)
-            for block in tqdm(range(done, -(-n // BLOCK)), "rendering", unit="block"):
-                file.write(self._records(block)[:n - BLOCK * block].tobytes())
+            with open(part, "ab") as file:
+                done = file.tell() // (BLOCK * item)
+                if need - done * BLOCK * item > free:
+                    raise UserError(f"--cache {self.path.parent}: {need / 1e6:.0f} MB needed, "
+                                    f"{free / 1e6:.0f} MB free; lower --samples or --image-size")
+                file.truncate(done * BLOCK * item)
+                for block in tqdm(range(done, -(-n // BLOCK)), "rendering", unit="block"):
+                    file.write(self._records(block)[:n - BLOCK * block].tobytes())
             os.replace(part, self.path)
 
     def gives(self, key: str) -> bool:

@@ -49,6 +49,8 @@ FAULTS = [
     ("sources/index.py", ".rest_joints(torch.tensor(shape))[:, 0].numpy()", ".rest_joints(torch.tensor(shape))[:, 1].numpy()", "sources/test_ho3d.py", "annotated_mesh_flipped"),
     ("sources/index.py", "kept.dropped.get(reason, 0) + int(mask.sum())", "kept.dropped.get(reason, 0) + len(kept)", "sources/test_interhand.py", "nan_joints"),
     # files and the cache
+    ("sources/files.py", "fcntl.lockf(file,", "fcntl.flock(file,", "sources/test_files.py", "lock_keeps"),
+    ("sources/files.py", "(0 if wait else fcntl.LOCK_NB)", "0 * fcntl.LOCK_NB", "sources/test_files.py", "lock_keeps"),
     ("sources/files.py", "given, stamp(root, files),", "given,", "sources/test_files.py", "notices_changes"),
     ("sources/files.py", 'hand_stamp(mano.get("mano")))', "0)", "sources/test_files.py", "one_hand_only"),
     ("sources/files.py", "return dataclasses.replace(kept, root=str(root))", "return kept", "sources/test_files.py", "another_folder"),

@@ -1,11 +1,14 @@
 """What readers share: the cache, files of labels."""
 import json
+import os
+import signal
+import time
 
 import numpy as np
 import pytest
 
 from common import UserError
-from sources.files import hand_labels
+from sources.files import hand_labels, locked
 from sources.folder import index_folder
 from sources.interhand import index_interhand
 from trees import LABEL, label_folder, write_interhand
@@ -71,3 +74,20 @@ def test_what_is_kept_is_found_from_another_folder_and_for_one_hand_only(tmp_pat
     other = index_interhand(".", "test", cache=tmp_path / "cache", mano={"right": hand | {"hands_mean": np.zeros(45)}})
     known = np.isfinite(first.columns["pose"]).all(1)
     assert known.any() and not np.allclose(other.columns["pose"][known], first.columns["pose"][known])
+
+
+def test_a_lock_keeps_others_out_until_its_holder_dies(tmp_path):
+    told, tell = os.pipe()
+    if not (holder := os.fork()):
+        with locked(tmp_path / "lock"):
+            if os.fork():
+                os.write(tell, b"held")
+            time.sleep(2)                                         # the worker outlives its run
+        os._exit(0)
+    os.read(told, 4)
+    with pytest.raises(BlockingIOError, match="another process.*lock"), locked(tmp_path / "lock", wait=False):
+        pass
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    with locked(tmp_path / "lock"), locked(tmp_path / "lock", wait=False):
+        pass

@@ -254,7 +254,7 @@ def test_cache_equals_live_rendering_and_is_written_once(tmp_path, capsys):
     before = cached.path.stat().st_mtime_ns
     again = Cached(Synthetic(64, samples=40), tmp_path)
     assert again.path == cached.path and again.path.stat().st_mtime_ns == before
-    assert [p.name for p in tmp_path.iterdir()] == [cached.path.name]
+    assert {p.name for p in tmp_path.iterdir()} == {cached.path.name, cached.path.with_suffix(".lock").name}
 
 
 def test_cache_of_other_settings_is_another_file(tmp_path):
