@@ -22,7 +22,6 @@ camera, and view_ok (V,) bool. Samples are batched by torch's default_collate: t
 axis B, strings become lists, `has` a dict of bool tensors.
 
 The protocol (`Source`, in sources/loader.py). A source is all that a script knows of data:
-
     len(source)                              how many samples there are
     source.batches(plan, device, workers)    for each (B,) int64 tensor of rows in `plan`, in order,
                                              the samples of those rows, collated, on the device
@@ -49,10 +48,12 @@ from typing import NamedTuple, Protocol
 from common import Mano, UserError, permutation, say
 from hand import both_hands, user_hand
 from sources import cameras, coco, dexycb, folder, freihand, hanco, ho3d, interhand, yt3d
-from sources.hands import Cameras, Hands, Views
+from sources.hands import Hands
 from sources.index import Index, Joints
-from sources.loader import Joined, Rows, Source, Targets, batches, training_steps
+from sources.loader import Joined, Rows, Source, Targets
+from sources.steps import batches, training_steps
 from sources.synthetic import Cached, Synthetic
+from sources.views import Cameras, Views
 
 import numpy as np
 import torch

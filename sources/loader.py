@@ -1,4 +1,4 @@
-"""The protocol of a source, batches of its samples, and sources made of sources."""
+"""The protocol of a source, how samples are read, and sources made of sources."""
 from __future__ import annotations
 
 import math
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 # common before torch: it settles how threads wait
-from common import UserError, permutation, share, steps_per_epoch, world
+from common import UserError, world
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ class Source(Targets, Protocol):
 
     name: str
     box_source: str
+    picture_bytes: int = 0           # of a sample, where they bound what is read ahead
 
     def batches(self, plan: list[Tensor], device: torch.device, workers: int) -> Iterator[dict]:
         """The samples of each (B,) int64 tensor of rows in `plan`, collated, on the device."""
@@ -54,61 +55,66 @@ class Source(Targets, Protocol):
         ...
 
 
-def read_items(data: torch.utils.data.Dataset, plan: list[Tensor], device: torch.device,
+# So much is read ahead, in bytes and in batches, by all workers of a source: a step of any of the
+# four recipes has at most 64 micro-batches, so the next one is read while this one is computed.
+AHEAD_BYTES = 1 << 30
+AHEAD = 64
+
+
+def read_items(data: Source, plan: list[Tensor], device: torch.device,
                workers: int) -> Iterator[dict]:
-    """`Source.batches` of a data set that reads sample by sample, in so many worker processes."""
+    """`Source.batches` of a data set that reads sample by sample, in so many worker processes.
+
+    They start anew in each epoch (four in 0.2 s) and end with the iterator, wherever it is left.
+    """
+    workers = min(workers, len(plan))
     loader = torch.utils.data.DataLoader(
         data, batch_sampler=[rows.tolist() for rows in plan], collate_fn=collate,
-        num_workers=min(workers, len(plan)), pin_memory=device.type == "cuda")
-    stream = iter(loader)
-    for _ in plan:
-        try:
-            batch = next(stream)
-        except UserError as error:                     # a worker's comes wrapped in its traceback
-            last = str(error).strip().splitlines()[-1]
-            raise UserError(last.removeprefix("common.UserError: ")) from None
-        yield to_device(batch, device)
+        num_workers=workers, pin_memory=device.type == "cuda",
+        prefetch_factor=read_ahead(data, plan, workers) if workers else None)
+    return on_device(_told(iter(loader)), device)
 
 
-def batches(data: Source, plan: list[Tensor], device: torch.device, workers: int
-            ) -> Iterator[dict]:
-    """Read the samples named by each (B,) tensor of `plan`, modulo len(data), in that order.
-
-    Each batch gets `index` (B,) as planned, from which every random draw of its views is computed.
-    """
-    rows = [index % len(data) for index in plan]
-    for index, batch in zip(plan, data.batches(rows, device, workers)):
-        yield batch | {"index": index.to(device)}
+def read_ahead(data: Source, plan: list[Tensor], workers: int) -> int:
+    """How many batches each worker has ready or in hand, at least two."""
+    largest = max(map(len, plan)) * data.picture_bytes
+    return max(2, min(AHEAD, AHEAD_BYTES // max(largest, 1)) // workers)
 
 
-class Pace(Protocol):
-    """The options that `training_steps` reads of any script's Config."""
+def _told(stream: Iterator[dict]) -> Iterator[dict]:
+    """The batches, a worker's UserError without the traceback it comes wrapped in."""
+    try:
+        yield from stream
+    except UserError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise UserError(last.removeprefix("common.UserError: ")) from None
 
-    batch_size: int
-    micro_batch: int
-    seed: int
-    workers: int
+
+def on_device(stream: Iterator[dict], device: torch.device) -> Iterator[dict]:
+    """The batches on the device; on CUDA the next is copied there while the last is computed."""
+    if device.type != "cuda":
+        yield from (to_device(batch, device) for batch in stream)
+        return
+    lane = torch.cuda.Stream(device)
+    coming = None
+    for batch in stream:
+        with torch.cuda.stream(lane):
+            following = to_device(batch, device), lane.record_event()
+        if coming:
+            yield _arrived(*coming)
+        coming = following
+    if coming:
+        yield _arrived(*coming)
 
 
-def training_steps(data: Source, cfg: Pace, epoch: int, first: int, device: torch.device,
-                   order: Tensor | None = None) -> Iterator[tuple[int, list[dict]]]:
-    """(step within the epoch, this process's micro-batches), from step `first` on.
-
-    The order is permutation(n, seed, epoch), so a resumed epoch goes on with the same samples; or
-    `order`, int64. There and in `index`, i + k n is sample i for the k-th time: its views differ.
-    """
-    n = len(data)
-    steps = steps_per_epoch(n, cfg.batch_size)
-    need = steps * cfg.batch_size
-    if order is None:
-        order = permutation(n, cfg.seed, epoch)
-    again = n * (1 + int(order.max()) // n)
-    order = torch.cat([order + k * again for k in range(math.ceil(need / n))])[:need]
-    mine = share(cfg.batch_size, cfg.micro_batch)
-    micro = order.view(steps, -1, cfg.micro_batch)[first:, mine]
-    stream = batches(data, list(micro.flatten(0, 1)), device, cfg.workers)
-    for step in range(first, steps):
-        yield step, [next(stream) for _ in range(micro.shape[1])]
+def _arrived(batch: dict, copied: torch.cuda.Event) -> dict:
+    """A batch that another stream copied, for use on this one."""
+    here = torch.cuda.current_stream()
+    here.wait_event(copied)
+    for value in (*batch.values(), *batch.get("has", {}).values()):
+        if isinstance(value, Tensor):
+            value.record_stream(here)           # its memory is not given away while it is used
+    return batch
 
 
 # ---- Sources of sources --------------------------------------------------------------------------

@@ -98,9 +98,9 @@ FAULTS = [
     ("sources/sheets.py", "order = errors.argsort()[:int(errors.isfinite().sum())]", "order = errors.argsort()", JUDGING,
      "best_median"),
     # cameras
-    ("sources/hands.py", "return {key: x[:, self.cameras] if", "return {key: x[:, :len(self.cameras)] if", RUNS,
+    ("sources/views.py", "return {key: x[:, self.cameras] if", "return {key: x[:, :len(self.cameras)] if", RUNS,
      "rendered_moments"),
-    ("sources/hands.py", "rows = rows[:, list(cameras)]", "rows = rows[:, :len(cameras)]", RUNS, "cameras_of_a_rig"),
+    ("sources/views.py", "rows = rows[:, list(cameras)]", "rows = rows[:, :len(cameras)]", RUNS, "cameras_of_a_rig"),
     ("eval.py", "net.rig = rig\n", "rig = rig\n", RUNS, "cameras_that_are_named"),
     ("eval.py", "        if net.rig is None:\n", "        if not net:\n", RUNS, "views_that_cannot"),
     ("eval.py", 'if args.views == [0]:', 'if args.views == [-1]:', RUNS, "views_that_cannot"),

@@ -2,11 +2,11 @@
 
 FAULTS = [
     # which samples, in which order
-    ("sources/loader.py", "order = torch.cat([order + k * again for k in", "order = torch.cat([order for k in", "sources/test_loader.py", "taken_again"),
-    ("sources/loader.py", "micro = order.view(steps, -1, cfg.micro_batch)[first:,", "micro = order.view(steps, -1, cfg.micro_batch)[:steps - first,",
+    ("sources/steps.py", "order = torch.cat([order + k * again for k in", "order = torch.cat([order for k in", "sources/test_loader.py", "taken_again"),
+    ("sources/steps.py", "micro = order.view(steps, -1, cfg.micro_batch)[first:,", "micro = order.view(steps, -1, cfg.micro_batch)[:steps - first,",
      "sources/test_loader.py", "goes_on_where"),
-    ("sources/loader.py", "rows = [index % len(data) for index in plan]", "rows = [index.clamp(max=len(data) - 1) for index in plan]", "sources/test_loader.py", "modulo"),
-    ("sources/loader.py", 'yield batch | {"index": index.to(device)}', 'yield batch | {"index": index.to(device) % len(data)}', "sources/test_loader.py", "modulo"),
+    ("sources/steps.py", "rows = [index % len(data) for index in plan]", "rows = [index.clamp(max=len(data) - 1) for index in plan]", "sources/test_loader.py", "modulo"),
+    ("sources/steps.py", 'yield batch | {"index": index.to(device)}', 'yield batch | {"index": index.to(device) % len(data)}', "sources/test_loader.py", "modulo"),
     ("sources/loader.py", "own = {k: rows[part == k] - self.starts[k] for", "own = {k: rows[part == k] for", "sources/test_loader.py", "in_the_order"),
     ("sources/loader.py", "part.argsort(stable=True).argsort()", "part.argsort(stable=True)", "sources/test_loader.py", "in_the_order"),
     ("sources/loader.py", "torch.bucketize(rows, self.starts[1:], right=True)", "torch.bucketize(rows, self.starts[1:])", "sources/test_loader.py", "in_the_order"),
@@ -15,6 +15,10 @@ FAULTS = [
     ("sources/loader.py", "return self.data.batches([self.rows[rows] for rows in plan], device, workers)", "return self.data.batches(plan, device, workers)",
      "sources/test_loader.py", "keeps_the_protocol and rows"),
     ("sources/loader.py", "return self.data.columns(self.rows[rows])", "return {}", "sources/test_loader.py", "columns_are"),
+    ("sources/steps.py", "while len(self.taken) <= place:", "while len(self.taken) < self.count:", "sources/test_loader.py", "first_micro_batch"),
+    ("sources/steps.py", "            _ = micro_batches[-1] ", "            pass ", "sources/test_loader.py", "first_micro_batch"),
+    ("sources/steps.py", "        stream.close() ", "        pass ", "sources/test_loader.py", "left_in_the_middle"),
+    ("sources/loader.py", "largest = max(map(len, plan)) * data.picture_bytes", "largest = data.picture_bytes", "sources/test_loader.py", "as_far_as_memory"),
     # a row as a sample
     ("sources/hands.py", 'for key in ("K", "joints", "verts", "trans")}', 'for key in ("K", "joints", "verts")}', "sources/test_hands.py", "mirrored_with_everything"),
     ("sources/hands.py", '@ MIRROR for key in ("K", "joints", "verts", "trans")', '@ MIRROR for key in ("joints", "verts", "trans")', "sources/test_hands.py", "mirrored_with_everything"),
@@ -34,11 +38,11 @@ FAULTS = [
     ("sources/hands.py", "            columns = {}\n", "            pass\n", "sources/test_loader.py", "breaks_later"),
     ("sources/hands.py", 'if "dist" in columns:', "if False:", "sources/test_cameras.py", "of_a_rig"),
     # several views
-    ("sources/hands.py", 'M[v] = D @ index.columns["cameras"][row] @ D', 'M[v] = index.columns["cameras"][row]', "sources/test_cameras.py", "left_hands_are_mirrored"),
-    ("sources/hands.py", '"view_ok": torch.tensor([row >= 0 for row in rows])', '"view_ok": torch.tensor([True for row in rows])', "sources/test_hanco.py", "moments_keep"),
-    ("sources/hands.py", "math.nan if value.is_floating_point() else 0)", "0)", "sources/test_hanco.py", "moments_keep"),
-    ("sources/hands.py", 'rows[row[keep], columns["camera"][keep]] = np.flatnonzero(keep)', 'rows[row[keep], columns["camera"][keep] - 1] = np.flatnonzero(keep)', "sources/test_hanco.py", "moments_keep"),
-    ("sources/hands.py", "self.rows = rows[(rows >= 0).any(1)]", "self.rows = rows[(rows >= 0).all(1)]", "sources/test_hanco.py", "moments_keep"),
+    ("sources/views.py", 'M[v] = D @ index.columns["cameras"][row] @ D', 'M[v] = index.columns["cameras"][row]', "sources/test_cameras.py", "left_hands_are_mirrored"),
+    ("sources/views.py", '"view_ok": torch.tensor([row >= 0 for row in rows])', '"view_ok": torch.tensor([True for row in rows])', "sources/test_hanco.py", "moments_keep"),
+    ("sources/views.py", "math.nan if value.is_floating_point() else 0)", "0)", "sources/test_hanco.py", "moments_keep"),
+    ("sources/views.py", 'rows[row[keep], columns["camera"][keep]] = np.flatnonzero(keep)', 'rows[row[keep], columns["camera"][keep] - 1] = np.flatnonzero(keep)', "sources/test_hanco.py", "moments_keep"),
+    ("sources/views.py", "self.rows = rows[(rows >= 0).any(1)]", "self.rows = rows[(rows >= 0).all(1)]", "sources/test_hanco.py", "moments_keep"),
     # frames of reference, boxes
     ("sources/index.py", 'D @ value @ D if key == "pose" else value @ D', "value @ D", "sources/test_index.py", "unmirror"),
     ("sources/index.py", 'for key in {"joints", "verts", "root", "trans", "pose"}', 'for key in {"joints", "verts", "trans", "pose"}', "sources/test_index.py", "unmirror"),

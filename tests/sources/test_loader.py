@@ -1,5 +1,6 @@
 """The protocol of a source, kept by every one of them; batches: which samples, in which order."""
 import json
+import multiprocessing
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ import ti_net
 from common import UserError, steps_per_epoch
 from sources import Source, batches, open_data, training_steps
 from sources.folder import index_folder
-from sources.hands import Cameras, Hands, Views
-from sources.loader import Joined, Rows, read_items
+from sources.hands import Hands
+from sources.loader import Joined, Rows, read_ahead, read_items
 from sources.stages import evaluate
 from sources.synthetic import Cached, Synthetic
+from sources.views import Cameras, Views
 from trees import KEYS, noise, open_tree, rig_tree, save
 
 CPU = torch.device("cpu")
@@ -198,6 +200,58 @@ def test_samples_taken_again_get_numbers_of_their_own():
     assert torch.equal(batch["index"] % 5, batch["x"])
     (_, (batch,)), = training_steps(Numbers(5), cfg, 0, 0, CPU, torch.tensor([1, 6, 11, 0, 2, 3, 4, 9]))
     assert batch["x"].tolist() == [1, 1, 1, 0, 2, 3, 4, 4] and batch["index"].tolist() == [1, 6, 11, 0, 2, 3, 4, 9]
+
+
+class Asked(Numbers):
+    """Says how many batches were asked for."""
+
+    asked = 0
+
+    def batches(self, plan, device, workers):
+        for batch in super().batches(plan, device, workers):
+            self.asked += 1
+            yield batch
+
+
+def test_the_first_micro_batch_is_computed_before_the_others_are_waited_for():
+    """The oracle counts what was taken when each is at hand; what a step passes over is not the next one's."""
+    data, cfg = Asked(50), ti_net.Config(batch_size=8, micro_batch=2, workers=0)
+    steps = training_steps(data, cfg, 0, 0, CPU)
+    _, micro = next(steps)
+    assert len(micro) == 4 and data.asked == 0
+    assert [data.asked for _ in micro] == [1, 2, 3, 4] and [data.asked for _ in micro] == [4] * 4
+    with pytest.raises(IndexError):
+        micro[4]
+    first = next(steps)[1][0]
+    assert data.asked == 5
+    third = next(steps)[1]
+    whole = list(training_steps(Numbers(50), cfg, 0, 0, CPU))
+    assert equal(first, whole[1][1][0]) and equal(third[3], whole[2][1][3])
+
+
+def test_a_step_left_in_the_middle_leaves_no_process_behind():
+    steps = training_steps(Numbers(50), ti_net.Config(batch_size=8, micro_batch=2, workers=2), 0, 0, CPU)
+    _, micro = next(steps)
+    assert micro[0]["x"].shape == (2,) and len(multiprocessing.active_children()) == 2
+    steps.close()
+    assert not multiprocessing.active_children()
+    with pytest.raises(StopIteration):
+        micro[1]
+
+
+@pytest.mark.parametrize("side, rows, workers, ahead", [(336, 64, 4, 12), (380, 17, 4, 16), (64, 2, 3, 21), (2000, 512, 2, 2)])
+def test_a_step_is_read_ahead_as_far_as_memory_goes(side, rows, workers, ahead):
+    """1 GiB and 64 batches: HandMIM's 64 pictures of 336 px are 21.7 MB, of which 48 of its 16 a step fit."""
+    data = Numbers(9)
+    data.picture_bytes = 3 * side ** 2
+    assert read_ahead(data, [torch.arange(2), torch.arange(rows)], workers) == ahead
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_batches_copied_beside_the_computing_are_the_same():
+    plan = list(torch.arange(50).split(7))
+    for one, other in zip(Numbers(50).batches(plan, CPU, 0), Numbers(50).batches(plan, torch.device("cuda"), 2), strict=True):
+        assert other["x"].is_cuda and torch.equal(one["x"], other["x"].cpu())
 
 
 def test_synthetic_hands_and_a_folder_make_one_data_set(tmp_path):

@@ -8,8 +8,9 @@ from PIL import Image
 
 from common import axis_angle_to_matrix, mano_numpy
 from sources.cameras import index_cameras
-from sources.hands import Hands, Views
+from sources.hands import Hands
 from sources.index import Index
+from sources.views import Views
 
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "datasets.npz")
