@@ -48,6 +48,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.models.efficientnet import MBConv
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from tqdm import tqdm
 
 
@@ -773,20 +776,29 @@ _VITS = {                                                    # patch, width, dep
     "vit_mini": (8, 128, 4, 4), "vit_s": (16, 384, 12, 6), "vit_b": (16, 768, 12, 12),
     "vit_l": (16, 1024, 24, 16)}
 _RESNETS = {
-    "resnet10": ("BasicBlock", [1, 1, 1, 1]), "resnet18": ("BasicBlock", [2, 2, 2, 2]),
-    "resnet34": ("BasicBlock", [3, 4, 6, 3]), "resnet50": ("Bottleneck", [3, 4, 6, 3]),
-    "resnet152": ("Bottleneck", [3, 8, 36, 3])}
+    "resnet10": (BasicBlock, [1, 1, 1, 1]), "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (BasicBlock, [3, 4, 6, 3]), "resnet50": (Bottleneck, [3, 4, 6, 3]),
+    "resnet152": (Bottleneck, [3, 8, 36, 3])}
 BACKBONES = (*_RESNETS, "efficientnet_b0", *_VITS)
 
 
-def build_backbone(name: str, image_size: int) -> nn.Module:
-    """A network with `dim` (channels of its last map), `stride`, and forward(x) -> list of maps."""
+def build_backbone(name: str, image_size: int, recompute: bool = False) -> nn.Module:
+    """A network with `dim` (channels of its last map), `stride`, and forward(x) -> list of maps.
+
+    `recompute` keeps only the input of each block for the backward pass, which then runs the block
+    again (Chen et al. 2016): the same numbers from less memory. Keys stay, and as BatchNorm counts
+    every call alike, the statistics of `batch_statistics` do too.
+    """
     if name in _VITS:
-        return ViT(image_size, *_VITS[name])
-    if name == "efficientnet_b0":
-        return EfficientNet()
-    block, layers = _RESNETS[name]
-    return ResNet(getattr(torchvision.models.resnet, block), layers)
+        net = ViT(image_size, *_VITS[name])
+    elif name == "efficientnet_b0":
+        net = EfficientNet()
+    else:
+        net = ResNet(*_RESNETS[name])
+    for block in net.modules() if recompute else ():
+        if isinstance(block, (Block, BasicBlock, Bottleneck, MBConv)):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    return net
 
 
 def _tensor_dicts(content: object, name: str = "") -> dict[str, dict[str, Tensor]]:
@@ -1113,6 +1125,7 @@ class Flags:
     resume: bool = arg(False, "go on with every stage of the run in --out")
     quick: bool = arg(False, "minutes on two CPU cores: every stage, small; explicit flags win")
     compile: bool = arg(False, "torch.compile the network")
+    recompute: bool = arg(False, "save memory: run the back-bone's blocks twice, see README")
 
 
 def _shown(value: object) -> str:

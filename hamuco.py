@@ -498,7 +498,7 @@ class HaMuCo(nn.Module):
         super().__init__()
         self.size = cfg.image_size
         self.calibrated = cfg.calibration == "known"
-        self.backbone = build_backbone(cfg.backbone, cfg.image_size)
+        self.backbone = build_backbone(cfg.backbone, cfg.image_size, cfg.recompute)
         self.heads = Heads(self.backbone.dim)
         alone = {"single-view", "no-dcvi"} & set(cfg.variant)
         self.interaction = None if alone else self._interaction(cfg.variant)

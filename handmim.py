@@ -454,7 +454,7 @@ class Network(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.backbone = build_backbone(cfg.backbone, cfg.image_size)
+        self.backbone = build_backbone(cfg.backbone, cfg.image_size, cfg.recompute)
         K = 0 if {"reading-a", "reading-c"} & set(cfg.variant) else cfg.prototypes
         learn_norm = cfg.backbone in ("vit_mini", "vit_s")               # iBOT: frozen for B and L
         self.head = Head(self.backbone.dim, cfg.head_hidden, math.prod(LATENT), K, learn_norm)
@@ -742,7 +742,7 @@ class HandNet(nn.Module):
         super().__init__()
         self.size = cfg.image_size
         self.pymaf = "pymaf-sampler" in cfg.variant
-        self.backbone = build_backbone(cfg.backbone, cfg.image_size)
+        self.backbone = build_backbone(cfg.backbone, cfg.image_size, cfg.recompute)
         self.mano = hand_for(cfg.finetune, cfg.mano)
         flat = matrix_to_six_d(torch.eye(3)).repeat(16)
         self.register_buffer("start", torch.cat([flat, torch.zeros(13)]))

@@ -297,7 +297,7 @@ class PeCLR(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.backbone = build_backbone(cfg.backbone, cfg.image_size)
+        self.backbone = build_backbone(cfg.backbone, cfg.image_size, cfg.recompute)
         self.g = nn.Sequential(nn.Linear(self.backbone.dim, 512), nn.BatchNorm1d(512), nn.ReLU(),
                                nn.Linear(512, 128, bias=False))            # widths: authors' code
 
@@ -474,7 +474,7 @@ class HandNet(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.convention = CONVENTIONS[cfg.bone]
-        self.backbone = build_backbone(cfg.backbone, cfg.image_size)
+        self.backbone = build_backbone(cfg.backbone, cfg.image_size, cfg.recompute)
         self.backbone.requires_grad_(not cfg.freeze)
         width = self.backbone.dim
         hidden = []

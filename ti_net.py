@@ -360,7 +360,7 @@ class TINet(nn.Module):
         super().__init__()
         self.variant = cfg.variant
         self.plan = constraint_plan(cfg.variant)
-        self.backbone = build_backbone(cfg.backbone, cfg.image_size)
+        self.backbone = build_backbone(cfg.backbone, cfg.image_size, cfg.recompute)
         d, stride = self.backbone.dim, self.backbone.stride
         self.operators = Operators(d, cfg)
         if cfg.image_size % stride:
@@ -490,7 +490,7 @@ class HandNet(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.size = cfg.image_size
-        self.backbone = build_backbone(cfg.backbone, cfg.image_size)
+        self.backbone = build_backbone(cfg.backbone, cfg.image_size, cfg.recompute)
         d = self.backbone.dim
         self.head = nn.Sequential(nn.Linear(d, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(),
                                   nn.Linear(1024, 48))

@@ -5,7 +5,12 @@ import pytest
 import torch
 import torchvision
 
-from common import UserError, ViT, build_backbone, denormalise, load_backbone, normalise
+import common
+import hamuco
+import handmim
+import peclr
+import ti_net
+from common import UserError, ViT, batch_statistics, build_backbone, denormalise, load_backbone, normalise
 
 RESNETS = {"resnet18": "resnet18", "resnet34": "resnet34", "resnet50": "resnet50",
            "resnet152": "resnet152"}
@@ -168,3 +173,95 @@ def test_normalise_is_imagenet_s_and_invertible():
     expected = [(0 - .485) / .229, (128 / 255 - .456) / .224, (1 - .406) / .225]
     assert torch.allclose(out[0, :, 0, 0], torch.tensor(expected), atol=1e-6)
     assert torch.allclose(denormalise(out) * 255, picture.float(), atol=1e-3)
+
+
+# ---- --recompute ---------------------------------------------------------------------------------
+
+
+def kept_bytes(net, call):
+    """Bytes that a graph keeps for its backward pass, weights aside, every storage once; and what the call gave."""
+    kept, weights = {}, {p.data_ptr() for p in net.parameters()}
+
+    def pack(x):
+        kept[x.data_ptr()] = x.untyped_storage().nbytes() * (x.data_ptr() not in weights)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = call()
+    return sum(kept.values()), out
+
+
+def two_micro_batches(net, call):
+    """Gradients and state after a step of two micro-batches, and the bytes that the second's graph kept."""
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(2)                                                  # EfficientNet skips blocks at random
+    with batch_statistics(net):
+        for part in x.split(2):
+            kept, out = kept_bytes(net, lambda: call(part))
+            sum(m.square().mean() for m in out).backward()
+    return {n: p.grad for n, p in net.named_parameters()}, net.state_dict(), kept
+
+
+@pytest.mark.parametrize("name, share", [("resnet10", 0.7), ("resnet50", 0.55), ("efficientnet_b0", 0.25), ("vit_mini", 0.12)])
+def test_recomputing_blocks_changes_no_number_and_keeps_less(name, share, monkeypatch):
+    monkeypatch.setitem(common._RESNETS, "resnet50", (common.Bottleneck, [1, 1, 1, 1]))     # four blocks are enough
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        net = build_backbone(name, 32, recompute)
+        if name == "efficientnet_b0":
+            del net.features[4:]                                          # the same kind of block all along
+        found.append(two_micro_batches(net, net))
+    (gradients, state, kept), (again, state_again, kept_again) = found
+    assert list(state) == list(state_again) and list(gradients) == list(again)
+    assert all(torch.equal(gradients[key], again[key]) for key in gradients)
+    assert all(torch.equal(state[key], state_again[key]) for key in state)        # running statistics too
+    assert kept_again < share * kept, kept_again / kept
+
+
+def test_recomputing_blocks_agrees_with_compiled_and_distributed_networks(tmp_path):
+    nets = []
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        for around in (lambda net: net, torch.nn.parallel.DistributedDataParallel,
+                       lambda net: torch.compile(net, backend="aot_eager")):
+            torch.manual_seed(0)
+            net = build_backbone("vit_mini", 32, recompute=bool(nets))
+            nets.append(two_micro_batches(net, around(net))[0])
+    finally:
+        torch.distributed.destroy_process_group()
+    plain, *others = nets
+    for other in others:
+        assert all(torch.allclose(plain[key], other[key], rtol=1e-5, atol=1e-9) for key in plain)
+
+
+def test_peclr_s_cached_step_recomputed_is_the_same_step():
+    """There each micro-batch passes a block three times: once without a graph, then forward and again."""
+    found = []
+    for recompute in (False, True):
+        cfg = peclr.Config(backbone="resnet10", image_size=32, batch_size=4, micro_batch=2, recompute=recompute)
+        torch.manual_seed(0)
+        model = peclr.PeCLR(cfg)
+        draw = torch.Generator().manual_seed(1)
+        parts = [{"image": torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=draw), "index": index,
+                  "uv": 20 + 20 * torch.rand(2, 21, 2, generator=draw), "crop": torch.eye(3).expand(2, 3, 3)}
+                 for index in torch.arange(4).split(2)]
+        with batch_statistics(model):
+            peclr.cached_step(model, parts, cfg, 0)
+        found.append(([p.grad for p in model.parameters()], list(model.state_dict().values())))
+    for one, other in zip(*found):
+        assert all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+@pytest.mark.parametrize("script, network", [(ti_net, "TINet"), (ti_net, "HandNet"), (peclr, "PeCLR"), (peclr, "HandNet"),
+                                             (handmim, "Network"), (handmim, "HandNet"), (hamuco, "HaMuCo")])
+def test_recompute_reaches_the_back_bone_of_every_network(script, network, monkeypatch):
+    asked = []
+    build = script.build_backbone
+    monkeypatch.setattr(script, "build_backbone", lambda *words: asked.append(words[2:]) or build(*words))
+    name = "vit_mini" if script is handmim else "resnet10"
+    for recompute in (False, True):
+        getattr(script, network)(script.Config(backbone=name, image_size=64, head_hidden=8, prototypes=8, recompute=recompute)
+                                 if script is handmim else
+                                 script.Config(backbone=name, image_size=64, recompute=recompute))
+    assert asked == [(False,), (True,)]

@@ -43,7 +43,7 @@ class Tiny(nn.Module):
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setattr(hamuco, "build_backbone", lambda name, size: Tiny())
+    monkeypatch.setattr(hamuco, "build_backbone", lambda name, size, recompute: Tiny())
     monkeypatch.setattr(hamuco, "LOCATION", 8)                      # 64 in the paper's network
 
 

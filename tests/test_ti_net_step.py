@@ -41,7 +41,7 @@ class Encoder(torch.nn.Module):
 @pytest.fixture
 def small(monkeypatch):
     """Everything in float64, from the draws on, with an encoder of a few hundred weights."""
-    monkeypatch.setattr(ti_net, "build_backbone", lambda name, side: Encoder())
+    monkeypatch.setattr(ti_net, "build_backbone", lambda name, side, recompute: Encoder())
     monkeypatch.setattr(ti_net, "uniform", lambda *words: uniform(*words).double())
     torch.set_default_dtype(torch.float64)
     yield
