@@ -161,7 +161,7 @@ def warp(images: Tensor, A: Tensor, size: int, samples: int = 1) -> Tensor:
     for row, side in zip(back[..., :2, :, None, None].unbind(2), (width, height)):
         at = row[..., 0, :, :] * x + row[..., 1, :, :] * y + row[..., 2, :, :]     # (B, P, n, n) px
         axes.append((2 * at + 1) / side - 1)               # in the units of grid_sample
-    grid = torch.stack(axes, -1).view(B, P * n, n, 2)
+    grid = torch.stack(axes, -1).view(B, P * n, n, 2).nan_to_num(3.0).clamp(-3, 3)     # 3: outside
     with torch.autocast(images.device.type, enabled=False):
         out = F.grid_sample(images.to(back.dtype), grid, align_corners=False)
     out = F.avg_pool2d(out, samples) if samples > 1 else out
@@ -829,7 +829,7 @@ def load_backbone(backbone: nn.Module, path: str | Path) -> str:
     The weights may lie in any sub-dictionary under any prefix, a teacher's (DINO, iBOT, ours)
     before a student's; a position embedding of another size is resized. Returns a sentence that
     says what was ignored. Raises UserError where a key of the back-bone is missing or has another
-    shape, or where the file is not a plain checkpoint.
+    shape, where its parts have more keys, or where the file is not a plain checkpoint.
     """
     wanted = {k: v for k, v in backbone.state_dict().items() if "num_batches_tracked" not in k}
     anchor = next(k for k in wanted if k.endswith("weight"))
@@ -858,6 +858,11 @@ def load_backbone(backbone: nn.Module, path: str | Path) -> str:
                             f"{tuple(wanted[key].shape)}; {hint}")
     backbone.load_state_dict(found, strict=False)
     rest = sorted(k for k in tensors if k[len(prefix):] not in wanted and "num_batches" not in k)
+    parts = {key.split(".")[0] for key in wanted}
+    more = [k for k in rest if k.startswith(prefix) and k[len(prefix):].split(".")[0] in parts]
+    if more:                                             # a deeper network holds the smaller's keys
+        raise UserError(f"--init {path}: has {len(more)} more tensors than the back-bone, the "
+                        f"first is {more[0]}; {hint}")
     said = f"{path}{home and ':'}{home}: {len(found)} back-bone tensors read"
     if rest:
         said += f"; ignored {len(rest)}: {', '.join(rest[:6])}{' ...' * (len(rest) > 6)}"
@@ -1088,15 +1093,18 @@ STAGES = {"pretrain": ("pre-training", "pre-trains"), "finetune": ("fine-tuning"
 
 def arg(default: Any, help: str, paper: Any = SILENT, ref: str = "", why: str = "",
         finetune: Any = SILENT, finetune_paper: Any = SILENT, finetune_why: str = "",
-        choices: Sequence[str] = (), stage: str = "") -> Any:
+        choices: Sequence[str] = (), stage: str = "", least: float = 0, above: float = -1,
+        most: float = 10 ** 9) -> Any:
     """A Config field that carries the paper's value and where it stands.
 
     `why` must say why where `default` is not the paper's; `finetune` is the default of the second
     stage where it has its own. `stage`, "pretrain" or "finetune", is the one that uses the field,
-    where not both do: `settle` refuses the flag in the other. `--help` prints all of it.
+    where not both do: `settle` refuses the flag in the other, and a number below `least`, not above
+    `above` or beyond `most`. `--help` prints all but the last three.
     """
     note = dict(help=help, paper=paper, ref=ref, why=why, finetune=finetune, choices=choices,
-                finetune_paper=finetune_paper, finetune_why=finetune_why, stage=stage)
+                finetune_paper=finetune_paper, finetune_why=finetune_why, stage=stage, least=least,
+                above=above, most=most)
     return dataclasses.field(default=default, metadata=note)
 
 
@@ -1110,18 +1118,18 @@ class Flags:
     init: str = arg("random", "first weights of the back-bone: random, or any checkpoint file")
     finetune: str = arg("", "fine-tune from --init on the labels of NAME[:PART][=DIR]")
     label_fraction: float = arg(1.0, "share of the training labels used, nested subsets by seed",
-                                stage="finetune")
-    samples: int = arg(32560, "length of the synthetic training set")
+                                stage="finetune", above=0, most=1)
+    samples: int = arg(32560, "length of the synthetic training set", least=1)
     backgrounds: str = arg("", "folder of pictures behind synthetic hands (default: procedural)")
     mano: str = arg("", "MANO_RIGHT.pkl or .npz (default: data/mano/MANO_RIGHT.pkl if there, else "
                         "the built-in hand; `builtin` forces that)")
     cache: str = arg("cache", "folder for rendered hands and indexes of large data sets")
     row: str = arg("", "name of the row (default: what made --init, and the data it was trained "
                        "on)", stage="finetune")
-    seed: int = arg(0, "seed of every random draw")
+    seed: int = arg(0, "seed of every random draw", most=2 ** 64 - 1)
     workers: int = arg(4, "processes that read pictures (0: none beside the main one)")
     device: str = arg("auto", "cpu, cuda, cuda:N or auto")
-    save_minutes: float = arg(10.0, "minutes between two checkpoints inside an epoch")
+    save_minutes: float = arg(10.0, "minutes between two checkpoints inside an epoch", above=0)
     resume: bool = arg(False, "go on with every stage of the run in --out")
     quick: bool = arg(False, "minutes on two CPU cores: every stage, small; explicit flags win")
     compile: bool = arg(False, "torch.compile the network")
@@ -1205,15 +1213,17 @@ def settle(Config: type, given: dict[str, Any], stage: str,
     cfg = Config(**(values | given))
     if "warmup_epochs" in notes and "warmup_epochs" not in given:      # one that is given wins
         cfg.warmup_epochs = min(cfg.warmup_epochs, cfg.epochs / 10)
-    for name in ("epochs", "batch_size", "micro_batch", "image_size", "samples"):
-        least = 0 if name == "epochs" else 1
-        value = getattr(cfg, name, least)
-        if value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    if not 0 < cfg.label_fraction <= 1:
-        raise UserError(f"--label-fraction {cfg.label_fraction}: must lie in (0, 1]")
-    if cfg.workers < 0 or cfg.save_minutes <= 0:
-        raise UserError("--workers must not be negative and --save-minutes must be above 0")
+    for name, note in notes.items():
+        value = getattr(cfg, name)
+        least, above, most = note["least"], note["above"], note["most"]
+        if isinstance(value, (int, float)) and not (least <= value <= most and value > above):
+            bounds = f"above {above}" if above >= least else f"at least {least}"       # NaN is none
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {bounds} and at most "
+                            f"{most:,}")
+    stride = _VITS[cfg.backbone][0] if getattr(cfg, "backbone", "") in _VITS else 32
+    if hasattr(cfg, "image_size") and (cfg.image_size < 1 or cfg.image_size % stride):
+        what = "the ViT's patch" if stride < 32 else "its last map's stride"
+        raise UserError(f"--image-size {cfg.image_size}: must be a multiple of {what}, {stride}")
     return cfg
 
 

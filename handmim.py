@@ -184,12 +184,12 @@ class Config(Flags):
     epochs: int = arg(400, "passes over the data; pre-training vit_l: 250, as the paper", paper=400,
                       ref="Sec. 3.1, 3.2", finetune=100, finetune_paper=100)
     batch_size: int = arg(1024, "samples a step, over all processes", paper=1024,
-                          ref="Sec. 3.1, 3.2", finetune=128, finetune_paper=128)
+                          ref="Sec. 3.1, 3.2", finetune=128, finetune_paper=128, least=1)
     micro_batch: int = arg(64, "samples at a time; changes memory and speed, not the step",
-                           why="ours", finetune=32, finetune_why="ours")
+                           why="ours", finetune=32, finetune_why="ours", least=1)
     lr: float = arg(2e-3, "peak learning rate, pre-training: of a batch of 1,024, x batch / 1,024; "
                     "fine-tuning: as it is, constant", paper=2e-3, ref="Sec. 3.1, 3.2",
-                    finetune=4e-5, finetune_paper=4e-5)
+                    finetune=4e-5, finetune_paper=4e-5, above=0)
     objective: str = arg("handmim", "what to pre-train with; ibot is Tab. 3's baseline",
                          paper="handmim", ref="Tab. 3", choices=("handmim", "ibot"),
                          stage="pretrain")
@@ -200,14 +200,15 @@ class Config(Flags):
     weight_decay: float = arg(0.4, "AdamW's decay at the end, from a tenth of it by a cosine",
                               why="iBOT", finetune=0.0, finetune_why="Adam has none")
     teacher_momentum: float = arg(0.996, "of the teacher at first, 1 at last, by a cosine",
-                                  why="iBOT", stage="pretrain")
+                                  why="iBOT", stage="pretrain", most=1)
     drop_path: float = arg(0.1, "chance that the student's last block is skipped", why="iBOT",
-                           stage="pretrain")
+                           stage="pretrain", most=1)
     prototypes: int = arg(8192, "K, scores that latents are compared by", why="iBOT",
-                          stage="pretrain")
-    head_hidden: int = arg(2048, "width inside the shared MLP", why="iBOT", stage="pretrain")
+                          stage="pretrain", least=1)
+    head_hidden: int = arg(2048, "width inside the shared MLP", why="iBOT", stage="pretrain",
+                           least=1)
     decoder_width: int = arg(32, "channels of the decoder's last layer but one; 2, 4, 8 x before",
-                             why="ours", stage="pretrain")
+                             why="ours", stage="pretrain", least=1)
     probe_every: int = arg(20, "epochs between two frozen-probe pose errors (0: none)", why="ours",
                            stage="pretrain")
     variant: tuple[str, ...] = arg((), "named departures, listed below", choices=tuple(VARIANTS))
@@ -680,6 +681,7 @@ def sample(maps: Tensor, uv: Tensor, size: int, pymaf: bool = False) -> Tensor:
     goes on outside. `pymaf`: corners aligned to u / (size / 2) - 1, zeros outside (PyMAF's code).
     """
     grid = uv / (size / 2) - 1 if pymaf else (2 * uv + 1) / size - 1
+    grid = grid.nan_to_num(3.0).clamp(-3, 3)                    # a CPU crashes at huge ones
     read = F.grid_sample(maps, grid[:, None], align_corners=pymaf,
                          padding_mode="zeros" if pymaf else "border")
     return read[:, :, 0].mT

@@ -131,11 +131,11 @@ class Config(Flags):
     epochs: int = arg(100, "passes over the data", why="authors' README", finetune=100,
                       finetune_why="authors' earlier project; 50 with --freeze")
     batch_size: int = arg(2048, "pictures a step, over all processes", paper=2048, ref="Sec. 4.1",
-                          finetune=128, finetune_why="authors' earlier project")
+                          finetune=128, finetune_why="authors' earlier project", least=1)
     micro_batch: int = arg(128, "pictures at a time, the unit of BatchNorm", why="authors' code",
-                           finetune=32, finetune_why="ours")
+                           finetune=32, finetune_why="ours", least=1)
     lr: float = arg(4.5e-3, "learning rate; pre-training: at a batch of 2048, x sqrt(batch / 2048)",
-                    paper=4.5e-3, ref="Sec. 4.1", finetune=5e-4, finetune_paper=5e-4)
+                    paper=4.5e-3, ref="Sec. 4.1", finetune=5e-4, finetune_paper=5e-4, above=0)
     warmup_epochs: float = arg(10.0, "epochs of linear warm-up, then cosine to 0",
                                why="authors' code; unless given a tenth at most", finetune=0.0,
                                finetune_why="authors' earlier project")
@@ -143,7 +143,7 @@ class Config(Flags):
                               finetune=2e-4, finetune_why="authors' earlier project")
     objective: str = arg("peclr", "Eq. 3, or Eq. 1: the views not undone", paper="peclr",
                          ref="Sec. 3.2", choices=("peclr", "simclr"), stage="pretrain")
-    tau: float = arg(0.5, "temperature", why="authors' code", stage="pretrain")
+    tau: float = arg(0.5, "temperature", why="authors' code", stage="pretrain", above=0)
     augment: tuple[str, ...] = arg(
         (), "transformations of Fig. 4, or else the objective's best", paper=BEST["peclr"],
         ref="Sec. 4.4", why="that of --objective; simclr's are scale colour-jitter",

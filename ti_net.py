@@ -131,12 +131,13 @@ class Config(Flags):
     epochs: int = arg(50, "passes over the data", paper=50, ref="Sec. 4.1",
                       finetune=120, finetune_why="authors' log")
     batch_size: int = arg(68, "samples a step, over all processes", paper=68, ref="Sec. 4.1",
-                          finetune=128, finetune_why="authors' log")
+                          finetune=128, finetune_why="authors' log", least=1)
     micro_batch: int = arg(17, "samples at a time, the unit of BatchNorm; a sample of ResNet-50 "
                            "at 224 px takes 0.9 GiB in bfloat16 (CUDA), 1.7 in float32", why="ours",
-                           finetune=32, finetune_why="ours")
+                           finetune=32, finetune_why="ours", least=1)
     lr: float = arg(1.5e-3, "base learning rate; the rate is base x batch / 256", paper=1.5e-3,
-                    ref="Sec. 4.1", finetune=1.5e-3, finetune_why="7.5e-4 at 128: authors' log")
+                    ref="Sec. 4.1", finetune=1.5e-3, finetune_why="7.5e-4 at 128: authors' log",
+                    above=0)
     warmup_epochs: float = arg(1.0, "epochs of linear warm-up (by default a tenth of the run at "
                                     "most), then cosine to 0; 0: constant rate", why="ours",
                                finetune=0.0, finetune_why="constant: authors' log")
@@ -145,10 +146,11 @@ class Config(Flags):
     w: float = arg(1e-3, "weight of the constraints", paper=1e-3, ref="Sec. 3.2, below Eq. 1",
                    stage="pretrain")
     rank: int = arg(128, "r of the operators; the paper: r << d", why="authors' code",
-                    stage="pretrain")
-    embed_dim: int = arg(32, "n of the embedded angle", why="authors' code", stage="pretrain")
+                    stage="pretrain", least=1)
+    embed_dim: int = arg(32, "n of the embedded angle", why="authors' code", stage="pretrain",
+                         least=1)
     decoder_width: int = arg(256, "channels inside the decoder", why="authors' code",
-                             stage="pretrain")
+                             stage="pretrain", least=1)
     probe_every: int = arg(5, "epochs between two frozen-probe pose errors (0: none)",
                            stage="pretrain")
     variant: tuple[str, ...] = arg((), "named departures, listed below", choices=tuple(VARIANTS),

@@ -145,5 +145,6 @@ def undistort_picture(picture: np.ndarray, K: np.ndarray, dist: np.ndarray) -> n
     grid = np.stack(np.meshgrid(np.arange(W), np.arange(H)), -1)
     at = (2 * (_distort((grid - c) / f, dist) * f + c) + 1) / (W, H) - 1
     source = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
-    out = F.grid_sample(source, torch.tensor(at)[None].float(), align_corners=False)
+    at = torch.tensor(at)[None].float().nan_to_num(3.0).clamp(-3, 3)       # huge ones crash a CPU
+    out = F.grid_sample(source, at, align_corners=False)
     return (out[0].permute(1, 2, 0) + 0.5).clamp(0, 255).byte().numpy()

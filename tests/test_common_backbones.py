@@ -267,3 +267,10 @@ def test_recompute_reaches_the_back_bone_of_every_network(script, network, monke
                                  if script is handmim else
                                  script.Config(backbone=name, image_size=64, recompute=recompute))
     assert asked == [(False,), (True,)]
+def test_weights_of_a_deeper_network_are_refused_and_its_classifier_is_not(tmp_path):
+    deep = build_backbone("resnet18", 32).state_dict()
+    torch.save(deep, tmp_path / "deep.pt")
+    with pytest.raises(UserError, match=r"--init .*deep.pt: has 40 more tensors than the back-bone, the first is layer1.1.bn1.bias"):
+        load_backbone(build_backbone("resnet10", 32), tmp_path / "deep.pt")
+    torch.save(deep | {"fc.weight": torch.ones(2, 2)}, tmp_path / "deep.pt")
+    assert "ignored 1: fc.weight" in load_backbone(build_backbone("resnet18", 32), tmp_path / "deep.pt")

@@ -1,6 +1,7 @@
 """Options, folders, logs, checkpoints, processes: what surrounds every training loop."""
 import dataclasses
 import json
+import math
 import os
 import random
 import signal
@@ -98,6 +99,30 @@ def test_a_flag_of_the_other_stage_is_refused_unless_quick_runs_both(stage, good
         assert settle(Staged, bad, "hamuco", {}).lr == 0.1
 
 
+@pytest.mark.parametrize("script", [ti_net, peclr, handmim, hamuco])
+def test_no_number_may_be_nan_infinite_or_negative_and_a_rate_is_above_0(script):
+    stage = "hamuco" if script is hamuco else "pretrain"
+    for option in dataclasses.fields(script.Config):
+        if type(option.default) not in (int, float) or option.metadata["stage"] == "finetune":
+            continue
+        bad = [-1] + [float("nan"), float("inf")] * isinstance(option.default, float) + [0.0] * (option.name == "lr")
+        for value in bad:
+            with pytest.raises(UserError, match=f"^--{option.name.replace('_', '-')} {value}: must be "):
+                settle(script.Config, {option.name: value}, stage, script.QUICK)
+        assert getattr(settle(script.Config, {}, stage, script.QUICK), option.name) is not None
+
+
+@pytest.mark.parametrize("read", [
+    lambda maps, at: handmim.sample(maps, 32 * at, 32), lambda maps, at: handmim.sample(maps, 32 * at, 32, pymaf=True),
+    hamuco.sample_joints], ids=["handmim", "pymaf", "hamuco"])
+def test_maps_may_be_read_anywhere_also_where_a_diverged_network_points(read):
+    maps = torch.ones(1, 2, 4, 4, requires_grad=True)
+    at = torch.tensor([[[0.0, 0.0], [1e30, 0], [0, -1e38], [math.inf, 0], [math.nan, 0]]], requires_grad=True)
+    found = read(maps, at)
+    found.sum().backward()
+    assert found.shape == (1, 5, 2) and found.isfinite().all() and maps.grad.isfinite().all()
+
+
 def test_a_warm_up_takes_a_tenth_at_most_unless_it_was_given():
     @dataclasses.dataclass
     class Warm(common.Flags):
@@ -120,7 +145,7 @@ def test_help_says_to_which_stage_a_flag_belongs(capsys):
 @pytest.mark.parametrize("words, said", [
     (["--variant", "nonsense"], "invalid choice: 'nonsense'"),
     (["--epochs", "-1"], "--epochs -1: must be at least 0"),
-    (["--finetune", "synthetic:calm", "--label-fraction", "0"], "--label-fraction 0.0: must lie in (0, 1]"),
+    (["--finetune", "synthetic:calm", "--label-fraction", "0"], "--label-fraction 0.0: must be above 0 and at most 1"),
     (["--data", "nowhere"], "data set 'nowhere' is not known"),
     (["--data", "imagenet", "--root", "absent"], "there is no folder absent"),
     (["--data", "folder=empty"], "holds no picture"),
@@ -133,7 +158,16 @@ def test_help_says_to_which_stage_a_flag_belongs(capsys):
     (["--resume"], "is not there"),
     (["--device", "cuda:77"], "--device cuda:77"),
     (["--data", "synthetic", "--finetune", "dexycb"], "one command runs one stage"),
-    (["--image-size", "100"], "must be a multiple of that"),
+    (["--image-size", "100"], "--image-size 100: must be a multiple of its last map's stride, 32"),
+    (["--image-size", "0"], "--image-size 0: must be a multiple"),
+    (["--lr", "0"], "--lr 0.0: must be above 0"),
+    (["--lr", "nan"], "--lr nan: must be above 0"),
+    (["--save-minutes", "nan"], "--save-minutes nan: must be above 0"),
+    (["--weight-decay", "-0.1"], "--weight-decay -0.1: must be at least 0"),
+    (["--w", "inf"], "--w inf: must be at least 0 and at most 1,000,000,000"),
+    (["--workers", "-1"], "--workers -1: must be at least 0"),
+    (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
+    (["--seed", str(2 ** 64)], "--seed 18446744073709551616: must be at least 0 and at most 18,446,744,073,709,551,615"),
     (["--cache", "file", "--image-size", "64", "--backbone", "resnet10"], "--cache file: cannot be written"),
     (["--finetune", "dexycb=absent"], "there is no folder absent"),
     (["--backbone", "vit_mini", "--image-size", "30"], "multiple of the ViT's patch"),

@@ -194,3 +194,14 @@ def test_geometry_keeps_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         again = transform(A, points_), warp(image, A, 32)
     assert torch.equal(plain[0], again[0]) and torch.equal(plain[1], again[1])
+
+
+def test_a_warp_to_nowhere_is_black_and_has_gradients_without_nan():
+    """grid_sample on a CPU ends the process at huge coordinates, and reads any pixel at a NaN."""
+    pictures = torch.rand(4, 3, 6, 6)
+    A = torch.eye(3).repeat(4, 1, 1)
+    A[:, 0, 2] = torch.tensor([1e30, -1e30, math.nan, math.inf])
+    A.requires_grad_()
+    out = warp(pictures, A, 6)
+    out.sum().backward()
+    assert (out == 0).all() and A.grad[:2].isfinite().all()

@@ -996,7 +996,7 @@ def test_hamuco_s_paper_values_are_those_of_section_4_2():
     (["--label-fraction", "0.5"], "--data-fraction takes a part"),
     (["--supervision", "triangulated", "--calibration", "none"], "needs --calibration known"),
     (["--views", "0"], "--views 0: must be at least 1"),
-    (["--data-fraction", "0"], "must lie in (0, 1]"),
+    (["--data-fraction", "0"], "--data-fraction 0.0: must be above 0 and at most 1"),
     (["--rounds", "0"], "--rounds 0: must be at least 1"),
     (["--variant", "single-view", "--warm-epochs", "3"], "--warm-epochs: does nothing beside --variant single-view"),
     (["--variant", "no-c", "no-cf"], "--variant no-cf: does nothing beside --variant no-c"),

@@ -86,4 +86,9 @@ FAULTS = [
     ("common.py", "            hook.remove()\n", "", "test_common_run.py", "running_statistics and 1-"),
     ("common.py", "    after = before\n    try:\n        yield\n", "    after = before = [torch.zeros_like(old) for old in before]\n    try:\n        yield\n", "test_common_run.py", "one_micro_batch"),
     ("common.py", "return max(1, n // batch_size)", "return math.ceil(n / batch_size)", "sources/test_loader.py", "goes_on_where"),
+    # what nobody means
+    ("common.py", ".view(B, P * n, n, 2).nan_to_num(3.0).clamp(-3, 3)", ".view(B, P * n, n, 2).clamp(-3, 3)", "test_common_transforms.py", "to_nowhere"),
+    ("common.py", "not (least <= value <= most and value > above)", "(value < least or value > most or value <= above)", "test_common_run.py", "may_be_nan"),
+    ("common.py", "cfg.image_size % stride):", "cfg.image_size % 2):", "test_common_run.py", "one_sentence"),
+    ("common.py", "    if more:   ", "    if False:   ", "test_common_backbones.py", "deeper_network"),
 ]
