@@ -556,8 +556,7 @@ class HaMuCo(nn.Module):
         batch = as_views(batch)
         ok = batch["view_ok"]
         crops, A = hand_view(batch["image"], self.size)
-        with autocast(crops.device):
-            M, M_star = self(crops, ok, quiet(ok))
+        M, M_star = self(crops, ok, quiet(ok))
         best = M if M_star is None else M_star
         out = {"single": self._named(M, ok, A)}
         if M_star is not None:
@@ -574,7 +573,7 @@ class HaMuCo(nn.Module):
 
     def _named(self, hand: Hand, ok: Tensor, A: Tensor) -> dict[str, Tensor]:
         """A network's hand as `predict` returns it; A (1, 3, 3) stored picture -> crop."""
-        pose, shape = (pad(x.float(), ok, math.nan) for x in (hand.R, hand.beta))
+        pose, shape = (pad(x, ok, math.nan) for x in (hand.R, hand.beta))
         return self._placed(hand.xyz, hand.uv[:, JOINTS], ok, A) | {"pose": pose, "shape": shape}
 
     def _placed(self, xyz: Tensor, uv: Tensor, ok: Tensor, A: Tensor) -> dict[str, Tensor]:
@@ -923,7 +922,7 @@ def train_step(net: nn.Module, batch: dict, cfg: Config, epoch: int,
     draws = quiet(ok)
     if model.interaction is not None:
         draws = draw_masks(batch["index"], ok, model.interaction.D, cfg, epoch)
-    with autocast(pictures.device):                # the network only: bfloat16 matrices miss pixels
+    with autocast(pictures.device, cfg.precision):     # the network only: bfloat16 misses pixels
         M, M_star = net(pictures, ok, draws)
     hands = [M] if M_star is None else [M, M_star]
     last = hands[-1]                                # what is fused: M where there is no M*

@@ -820,8 +820,7 @@ class HandNet(nn.Module):
         known = batch["K"].isfinite().flatten(1).all(1)[:, None]
         A = plain_crop(image.shape[-1], self.size, image.device).expand(len(image), 3, 3)
         K = A @ view_intrinsics(batch)
-        with autocast(image.device):
-            states = self(normalise(warp(image, A, self.size)), K)
+        states = self(normalise(warp(image, A, self.size)), K)
         hand = self.hand(states[-1], K)
         return {"joints": hand.joints, "verts": hand.verts,
                 "root": torch.where(known, hand.t, math.nan),
@@ -873,7 +872,7 @@ def pretrain_step(net: nn.Module, batch: dict, cfg: Config, epoch: int) -> dict[
     vit = model.student.backbone
     views, view, masks = make_views(batch, cfg, epoch, vit.side)
     keep = draw_paths(batch["index"], len(vit.blocks), cfg, epoch)
-    with autocast(views.device):                # the network only: bfloat16 matrices miss pixels
+    with autocast(views.device, cfg.precision):     # the network only: bfloat16 misses pixels
         out = net(views, masks, view, keep)
     tau = teacher_tau(epoch)
     times = 2 if "summed" in cfg.variant else 1
@@ -933,7 +932,7 @@ def finetune_step(net: nn.Module, batch: dict, cfg: Config, epoch: int) -> dict[
     model = unwrapped(net)
     crops, A, angle = make_crops(batch, cfg, epoch)
     K = crop_intrinsics(A, view_intrinsics(batch), angle)
-    with autocast(crops.device):
+    with autocast(crops.device, cfg.precision):
         states = net(normalise(255 * crops), K)                                 # (3, B, 109)
     outputs = len(states)
     hand = model.hand(states.flatten(0, 1), repeated(K, outputs))               # 3 B hands
@@ -1187,9 +1186,8 @@ def draw_recovered(folder: Path, model: HandMIM, data: Source, cfg: Config,
         return
     model.eval()
     views, view, masks = make_views(some(data, 6, device), cfg, 0, model.student.backbone.side)
-    with autocast(device):
-        out = model(views, masks, view, None)
-    truth, guess = denormalise(views[:, 0]), denormalise(out.pictures[:, 0].float())
+    out = model(views, masks, view, None)
+    truth, guess = denormalise(views[:, 0]), denormalise(out.pictures[:, 0])
     rows = [list(truth), list(hide(truth, masks[:, 0])), list(hide(truth, masks[:, 0], guess))]
     sheet(folder / "recovered.png", rows, labels=("view", "student sees", "recovered"))
 

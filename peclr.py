@@ -526,9 +526,8 @@ class HandNet(nn.Module):
         S = self.cfg.image_size
         K = view_intrinsics(batch)
         crops, A = hand_view(batch["image"], self.cfg)
-        seen_K = A @ K                          # outside: bfloat16 intrinsics are millimetres off
-        with autocast(crops.device):
-            out, rays, root = self(crops, seen_K)
+        seen_K = A @ K
+        out, rays, root = self(crops, seen_K)
         if self.cfg.two_pass:
             uv = transform(invert(A), out[..., :2])
             low = uv.amin(1)
@@ -536,8 +535,7 @@ class HandNet(nn.Module):
             A = crop((low + high) / 2, CROP * (high - low).amax(1).clamp(min=4), S)
             crops = normalise(warp(batch["image"], A, S))
             seen_K = A @ K
-            with autocast(crops.device):
-                out, rays, root = self(crops, seen_K)
+            out, rays, root = self(crops, seen_K)
         joints = with_wrist(lift(rays, out[..., 2], root), self.convention)              # bones
         length = torch.where(batch["scale"] == NOT_GIVEN, self.unit, batch["scale"])    # 9-10, m
         if self.cfg.bone == "index":            # where the joints are in lengths of another bone
@@ -646,7 +644,7 @@ def mixed_order(sizes: list[int], seed: int, epoch: int) -> Tensor:
 def projections(net: nn.Module, batch: dict, cfg: Config, epoch: int) -> Tensor:
     """Both views of a micro-batch, encoded, projected and, for PeCLR, undone: z~ (2, B, 128)."""
     views, drawn = make_views(batch, cfg, epoch)
-    with autocast(views.device):               # the network only: bfloat16 points would miss theirs
+    with autocast(views.device, cfg.precision):     # the network only: bfloat16 misses pixels
         p = net(views.flatten(0, 1))
     p = p.to(torch.promote_types(p.dtype, torch.float32)).unflatten(0, (2, -1))
     if cfg.objective == "simclr":
@@ -721,7 +719,7 @@ def finetune_step(net: nn.Module, batch: dict, cfg: Config, epoch: int) -> dict[
     crops, A = hand_view(batch["image"], cfg, epoch, batch["index"])
     true, root_true, _ = pose_25d(batch, A, CONVENTIONS[cfg.bone])
     K = A @ view_intrinsics(batch)              # outside: bfloat16 intrinsics are millimetres off
-    with autocast(crops.device):
+    with autocast(crops.device, cfg.precision):
         out, _, root = net(crops, K)
     known = root_true.isfinite()
     L_J2D, L_d = pose_loss(out, true)

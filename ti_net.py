@@ -522,8 +522,7 @@ class HandNet(nn.Module):
     def predict(self, batch: dict) -> dict[str, Tensor]:
         """{"image"} -> wrist-rooted joints and verts, m; uv, px of image; pose, shape."""
         crops, A = hand_view(batch["image"], self.size)
-        with autocast(crops.device):
-            theta, beta, camera = (x.float() for x in self(crops))
+        theta, beta, camera = self(crops)
         R = axis_angle_to_matrix(theta.unflatten(-1, (16, 3)))
         verts, joints = self.mano(R, beta)
         verts, joints = verts - joints[:, :1], joints - joints[:, :1]
@@ -556,7 +555,7 @@ def pretrain_step(net: nn.Module, batch: dict, cfg: Config, epoch: int) -> dict[
     plan = model.plan
     unsquared = "unsquared" in cfg.variant
     views, angles, _ = make_views(batch, cfg, epoch, plan)
-    with autocast(views.device):                # the network only: bfloat16 matrices miss pixels
+    with autocast(views.device, cfg.precision):     # the network only: bfloat16 misses pixels
         out = net(views, angles)
     L_ord = ordinary_loss(out.v, out.ordinary, plan, unsquared)
     L_sec = secondary_loss(out.v, out.secondary, plan, unsquared)
@@ -577,7 +576,7 @@ def finetune_step(net: nn.Module, batch: dict, cfg: Config) -> dict[str, Tensor]
     model = unwrapped(net)
     has = batch["has"]
     crops, A = hand_view(batch["image"], cfg.image_size)
-    with autocast(crops.device):
+    with autocast(crops.device, cfg.precision):
         theta, beta, camera = net(crops)
     R = axis_angle_to_matrix(theta.unflatten(-1, (16, 3)))
     joints = model.mano.joints(R, beta.detach())

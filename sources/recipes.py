@@ -11,7 +11,7 @@ from common import UserError
 
 # Options that make no run another recipe.
 PLAIN = {"seed", "out", "row", "resume", "workers", "device", "cache", "save_minutes", "root",
-         "compile", "recompute"}
+         "compile", "recompute", "precision"}
 
 
 def stored_config(Config: type, stored: dict[str, Any]) -> Any:

@@ -74,6 +74,32 @@ def test_quick_changes_defaults_and_explicit_flags_win():
     assert settle(ti_net.Config, {}, "finetune", ti_net.QUICK).epochs == 120
 
 
+def test_auto_precision_is_bfloat16_where_torch_says_that_the_cpu_has_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def of(device="auto", asked="auto", backbone="resnet10"):
+        return settle(ti_net.Config, dict(device=device, precision=asked, backbone=backbone), "pretrain", {}).precision
+
+    for avx, amx, mkldnn, expected in ((1, 0, 1, "bf16"), (0, 1, 1, "bf16"), (0, 0, 1, "fp32"), (1, 1, 0, "fp32"), (1, 0, 1, "bf16")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx), raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx), raising=False)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: bool(mkldnn), raising=False)
+        assert of("cpu") == of() == expected
+        assert of("cuda:1") == of(asked="bf16") == "bf16" and of("cuda", "fp32") == of(asked="fp32") == "fp32"
+        assert of(backbone="efficientnet_b0") == "fp32" and of("cuda", backbone="efficientnet_b0") == "bf16"
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")                  # another torch, that has no such question
+    assert of("cpu") == "fp32"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert of() == "bf16" and of("cpu") == "fp32"
+
+
+def test_autocast_is_bfloat16_where_the_settled_precision_says_so():
+    x = torch.ones(2, 2)
+    for precision, kind in (("bf16", torch.bfloat16), ("fp32", torch.float32), ("auto", torch.float32)):
+        with common.autocast(torch.device("cpu"), precision):
+            assert (x @ x).dtype == kind
+
+
 @dataclasses.dataclass
 class Staged(common.Flags):
     """Flags of both stages, of the first and of the second."""
@@ -257,6 +283,22 @@ def test_a_resumed_run_has_its_optimiser_back(tmp_path):
     for k in range(3, 5):
         step(again, copy, optimizer, k)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), copy.parameters()))
+
+
+def test_a_run_cannot_go_on_in_another_precision_also_where_its_file_does_not_say_which(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    begin = lambda **more: common.Run(tmp_path, "ti_net", ti_net.Config(**more), model, torch.optim.AdamW(model.parameters()), 20)
+    begin(precision="bf16").save()
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["precision"] == "bf16"
+    assert json.loads((tmp_path / "config.json").read_text())["cfg"]["precision"] == "bf16"
+    with pytest.raises(UserError, match="was written with precision bf16, not fp32; .*, so give --precision bf16"):
+        begin(precision="fp32")
+    file = torch.load(tmp_path / "last.pt", weights_only=True)
+    del file["cfg"]["precision"]                             # as before there was the flag: float32 on a CPU
+    torch.save(file, tmp_path / "last.pt")
+    begin(precision="fp32")
+    with pytest.raises(UserError, match="was written with precision fp32, not bf16"):
+        begin(precision="bf16")
 
 
 def test_a_run_cannot_go_on_with_another_batch_size(tmp_path):

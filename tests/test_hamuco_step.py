@@ -497,7 +497,7 @@ def command(monkeypatch, tmp_path):
     def run(*words, out="run"):
         record = Recorder(monkeypatch)
         hamuco.main(["--data", "synthetic", "--mano", "builtin", "--image-size", str(S), "--views", str(V), "--batch-size", "4",
-                     "--micro-batch", "2", "--epochs", "1", "--warm-epochs", "0", "--workers", "0", "--device", "cpu",
+                     "--micro-batch", "2", "--epochs", "1", "--warm-epochs", "0", "--workers", "0", "--device", "cpu", "--precision", "fp32",
                      "--lr", "1e-3", "--seed", "5", "--out", str(tmp_path / out), *words])
         assert ("train", L, 2.2, V) in opened
         return record.calls, tmp_path / out

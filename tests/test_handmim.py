@@ -532,9 +532,8 @@ def test_the_loss_is_eq_10_without_what_is_removed(variant):
     assert float(full["entropy"]) > 0
 
 
-def test_bfloat16_is_for_the_network_only(monkeypatch):
-    monkeypatch.setattr(handmim, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
-    cfg, batch, seen = Config(**TINY), batch_of(), {}
+def test_bfloat16_is_for_the_network_only():
+    cfg, batch, seen = Config(**TINY, precision="bf16"), batch_of(), {}
     torch.manual_seed(0)
     model = HandMIM(cfg)
     model.student.head.mlp[0].register_forward_hook(lambda _, x, y: seen.update(mlp=y))

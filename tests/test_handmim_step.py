@@ -830,16 +830,16 @@ def test_only_the_network_of_a_fine_tuning_step_is_in_bfloat16(monkeypatch):
     torch.set_default_dtype(torch.float32)
     monkeypatch.setattr(handmim, "uniform", uniform)
     monkeypatch.setattr(handmim, "normal", normal)
-    monkeypatch.setattr(handmim, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    cfg = Config(**TINY, finetune="synthetic", precision="bf16")
     net, batch, seen = awake_hand(), labelled(2, 3) | {"index": torch.arange(2)}, {}
     batch = {k: v.float() if isinstance(v, torch.Tensor) and v.dtype == EXACT else v for k, v in batch.items()}
     net.backbone.blocks[0].mlp.fc1.register_forward_hook(lambda _, x, y: seen.update(inside=y.dtype))
     net.rectifiers[0].mlp[0].register_forward_hook(lambda _, x, y: seen.update(feedback=y.dtype))
-    for run in (lambda: finetune_step(net, batch, Config(**TINY, finetune="synthetic"), 0)["loss"],
-                lambda: net.predict(batch)["joints"]):
+    for run, kind in ((lambda: finetune_step(net, batch, cfg, 0)["loss"], torch.bfloat16),
+                      (lambda: net.predict(batch)["joints"], torch.float32)):
         seen.clear()
         assert run().dtype == torch.float32
-        assert seen == {"inside": torch.bfloat16, "feedback": torch.float32}
+        assert seen == {"inside": kind, "feedback": torch.float32}
 
 
 def test_a_point_nearer_than_5_cm_is_seen_as_if_at_5_cm():

@@ -375,10 +375,9 @@ def test_reconstruction_is_the_mean_over_all_pictures():
     assert float(pretrain_step(again, batch, cfg, 0)["L_classic"]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_bfloat16_is_for_the_network_only(monkeypatch):
-    """As on a GPU: the encoder computes in bfloat16, but views, angles and losses do not."""
-    monkeypatch.setattr(ti_net, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
-    cfg, batch, seen = Config(**TINY), batch_of(), {}
+def test_bfloat16_is_for_the_network_only():
+    """The encoder computes in bfloat16, but views, angles and losses do not."""
+    cfg, batch, seen = Config(**TINY, precision="bf16"), batch_of(), {}
     torch.manual_seed(0)
     model = TINet(cfg)
     model.register_forward_pre_hook(lambda _, x: seen.update(views=x[0]))
@@ -399,17 +398,18 @@ def test_a_hand_without_a_wrist_is_no_target():
     assert theta.grad[0].abs().sum() == 0 and theta.grad[1].abs().sum() > 0
 
 
-def test_bfloat16_is_for_the_fine_tuned_back_bone_only(monkeypatch):
-    monkeypatch.setattr(ti_net, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+def test_bfloat16_is_for_the_training_of_the_back_bone_only():
     torch.manual_seed(0)
-    net, seen = HandNet(Config(**TINY)), {}
+    cfg = Config(**TINY, precision="bf16")
+    net, seen = HandNet(cfg), {}
     net.backbone.register_forward_hook(lambda _, x, y: seen.update(map=y[-1].dtype))
     net.head.register_forward_hook(lambda _, x, y: seen.update(f=x[0].dtype, theta=y.dtype))
     net.extra.register_forward_hook(lambda _, x, y: seen.update(extra=y.dtype))
-    for call in (lambda: finetune_step(net, hand_batch(), Config(**TINY)), lambda: net.predict(hand_batch())):
+    for call, kind in ((lambda: finetune_step(net, hand_batch(), cfg), torch.bfloat16),
+                       (lambda: net.predict(hand_batch()), torch.float32)):
         seen.clear()
         call()
-        assert seen == {"map": torch.bfloat16, "f": torch.float32, "theta": torch.float32, "extra": torch.float32}
+        assert seen == {"map": kind, "f": torch.float32, "theta": torch.float32, "extra": torch.float32}
 
 
 def test_vit_uses_the_mean_patch_and_decodes_the_grid():

@@ -70,7 +70,7 @@ FAULTS = [("ti_net.py", *fault) for fault in [
     ('return ordinary, secondary, self.operators("R", v,', 'return ordinary, secondary, self.operators("HR", v,', STEP, PAPER),
     ("torch.zeros_like(angles[:, 0]))", "torch.ones_like(angles[:, 0]))", STEP, PAPER),
     ("with torch.autocast(views.device.type, enabled=False):", "if True:", PIECES, "bfloat16"),
-    ("with autocast(views.device):", "if True:", PIECES, "bfloat16"),
+    ("with autocast(views.device, cfg.precision):", "if True:", PIECES, "bfloat16"),
     # losses of pre-training
     ("return difference.square().mean()", "return difference.square().sum()", PIECES, "mean_square"),
     ("return difference.flatten(1).norm(dim=1).mean()", "return difference.norm()", STEP, LITERAL),
@@ -114,7 +114,7 @@ FAULTS = [("ti_net.py", *fault) for fault in [
     ('.square().mean(1), has["shape"])', '.abs().mean(1), has["shape"])', STEP, TUNED),
     ("return torch.where(on, loss, 0).sum() / on.sum().clamp(min=1)", "return torch.where(on, loss, 0).mean()", STEP, TUNED),
     ("loss = L_theta + L_joints + L_beta + L_camera", "loss = L_theta + L_joints + L_camera", STEP, TUNED),
-    ("with torch.autocast(crops.device.type, enabled=False):", "if True:", PIECES, "fine_tuned_back_bone"),
+    ("with torch.autocast(crops.device.type, enabled=False):", "if True:", PIECES, "training_of_the_back_bone"),
     # prediction
     ('crops, A = hand_view(batch["image"], self.size)',
      'crops, A = hand_view(batch["image"] / 255, self.size)', STEP, "costs_the_step"),
