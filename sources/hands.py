@@ -9,11 +9,10 @@ from pathlib import Path
 from common import N_JOINTS, N_VERTS, UserError, crop, flip, mirror_pose, transform
 from sources.index import MIRROR, SAMPLE_COLUMNS, Index
 from sources.loader import Source, read_items
-from sources.pictures import cut_square, read_image, undistort_picture
+from sources.pictures import cut_square, picture_size, read_image, undistort_picture
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import default_collate as collate
 
@@ -86,8 +85,7 @@ class Hands(Source):
         for row in rows.tolist():
             size = (self.size, self.size)
             if box is None or np.isnan(box[row]).any():
-                with Image.open(Path(self.index.root, self.index.path(row))) as picture:
-                    size = ImageOps.exif_transpose(picture).size
+                size = picture_size(Path(self.index.root, self.index.path(row)))
             found.append(self._labels(self.index.columns, row, size, *self._square(box, row, size)))
         return collate(found) | {"side_px": torch.full((len(rows),), float(self.size))}
 

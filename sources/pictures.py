@@ -1,8 +1,13 @@
 """Picture files: reading, checking, cutting, undistorting, and finding hands in them."""
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import stat
+import threading
+import warnings
+from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -18,40 +23,75 @@ from tqdm import tqdm
 
 
 FULL_CHECK = 20_000                                     # so many pictures are decoded to be checked
+MAX_PIXELS = 50_000_000                                 # of a picture; one above is refused unread
+LARGE = 4_000_000                                       # above, pictures are checked one at a time
+
+Image.MAX_IMAGE_PIXELS = None                           # ours is lower and says which picture it is
+warnings.filterwarnings("ignore", module="PIL")         # what is odd is mended or refused by name
+_one_large = threading.Lock()
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """A picture as a viewer shows it: uint8 RGB (H, W, 3).
+@contextlib.contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """A picture file whose size is known and whose pixels are not read yet.
 
-    EXIF rotation is applied, transparency lies on mid grey (128), 16-bit grey is divided by 257;
-    grey, palette and CMYK become RGB. UserError names a missing, truncated or broken file.
+    UserError names a file that is missing, no plain file, broken (also where that shows inside the
+    `with`), or larger than MAX_PIXELS.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):                  # a pipe would wait for ever
+            raise UserError(f"{path}: is not a file")
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I"):                         # 16 or 32 bits, one channel
-                grey = np.clip(np.asarray(picture).astype(np.int64), 0, 65535) / 257
-                picture = Image.fromarray(grey.round().astype(np.uint8))
-            if picture.has_transparency_data:
-                ground = Image.new("RGBA", picture.size, (128, 128, 128, 255))
-                picture = Image.alpha_composite(ground, picture.convert("RGBA"))
-            return np.array(picture.convert("RGB"))
+            if file.width * file.height > MAX_PIXELS:
+                raise UserError(f"{path}: {file.width} x {file.height} pixels are more than the "
+                                f"{MAX_PIXELS // 10 ** 6} million that are read; make it smaller")
+            yield file
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such picture") from error
     except Exception as error:           # decoders raise whatever their parsers met, of any class
         raise UserError(f"{path}: the picture cannot be read ({error})") from error
 
 
+def read_image(path: str | Path) -> np.ndarray:
+    """A picture as a viewer shows it: uint8 RGB (H, W, 3).
+
+    EXIF rotation is applied, transparency lies on mid grey (128), 16-bit grey is divided by 257;
+    grey, palette and CMYK become RGB, of an animation its first picture. UserError as `opened`.
+    """
+    with opened(path) as file:
+        picture = ImageOps.exif_transpose(file)
+        if picture.mode.startswith("I"):                             # 16 or 32 bits, one channel
+            grey = np.clip(np.asarray(picture).astype(np.int64), 0, 65535) / 257
+            picture = Image.fromarray(grey.round().astype(np.uint8))
+        if picture.has_transparency_data:
+            ground = Image.new("RGBA", picture.size, (128, 128, 128, 255))
+            picture = Image.alpha_composite(ground, picture.convert("RGBA"))
+        return np.array(picture.convert("RGB"))
+
+
+def picture_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of a picture as `read_image` gives it, from its header."""
+    with opened(path) as file:
+        turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)       # EXIF's orientation
+        return file.size[::-1] if turned else file.size
+
+
 def _readable(path: str, full: bool) -> bool:
     """Whether a picture decodes; unless `full`, a JPEG's header and end marker are enough."""
     try:
-        if not full and path.lower().endswith((".jpg", ".jpeg")):
-            with Image.open(path) as picture, open(path, "rb") as file:
-                file.seek(-2, os.SEEK_END)
-                if picture.format == "JPEG" and file.read() == b"\xff\xd9":
-                    return True
-        read_image(path)
-    except (UserError, OSError):
+        with opened(path) as picture:
+            if not full and picture.format == "JPEG":
+                with open(path, "rb") as file:
+                    file.seek(-2, os.SEEK_END)
+                    if file.read() == b"\xff\xd9":
+                        return True
+            large = picture.width * picture.height > LARGE
+            with _one_large if large else contextlib.nullcontext():
+                picture.load()
+                picture.getexif()
+    except UserError:
         return False
     return True
 
@@ -60,7 +100,8 @@ def check_images(paths: list[str], workers: int | None = None) -> np.ndarray:
     """Open every picture once: paths -> (N,) bool, whether it can be read.
 
     Up to FULL_CHECK files are decoded. Beyond, a JPEG needs a header and an end marker, which finds
-    truncated files at a fraction of the time, and only what looks odd is decoded.
+    truncated files at a fraction of the time, and only what looks odd is decoded. Decoders take up
+    to 16 bytes a pixel: the memory stays below 64 MB a thread, and 0.8 GB for one large picture.
     """
     full = len(paths) <= FULL_CHECK
     with ThreadPool(workers or os.cpu_count()) as pool:

@@ -21,6 +21,7 @@ from hand.scene import (
     scenery, tube)
 from sources.files import locked
 from sources.loader import Source, to_device
+from sources.pictures import read_image
 
 import numpy as np
 import torch
@@ -468,13 +469,11 @@ def _wallpapers(folder: Path, size: int) -> Tensor:
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not files:
         raise UserError(f"--backgrounds {folder}: no .jpg or .png picture in this folder")
-    out = []
-    for file in files:
-        try:
-            with Image.open(file) as picture:
-                out.append(np.asarray(ImageOps.fit(picture.convert("RGB"), (2 * size, 2 * size))))
-        except (OSError, SyntaxError, ValueError):
-            raise UserError(f"--backgrounds: {file} is not a readable picture; remove it") from None
+    try:
+        out = [np.asarray(ImageOps.fit(Image.fromarray(read_image(file)), (2 * size, 2 * size)))
+               for file in files]
+    except UserError as error:
+        raise UserError(f"--backgrounds: {error}; remove it") from None
     return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).contiguous()
 
 

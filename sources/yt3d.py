@@ -14,10 +14,10 @@ from common import (
     MANO_TO_OURS, MIDDLE_MCP, N_VERTS, TIPS, Mano, UserError, auc, epe, pa_mpjpe)
 from sources.files import cached, data_folder, drop_missing, path_column, pictures_below
 from sources.index import DataSet, Index, Joints, tight_box
+from sources.pictures import picture_size
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 # Only a mesh is annotated, in pixels; its joints are regressed from it.
@@ -58,9 +58,8 @@ def _compact(entry: dict) -> dict:
 def _frame_size(path: str) -> tuple[float, float]:
     """Width and height of a picture, NaN where it cannot be read."""
     try:
-        with Image.open(path) as picture:
-            return picture.size
-    except OSError:
+        return picture_size(path)
+    except UserError:
         return math.nan, math.nan
 
 

@@ -66,6 +66,11 @@ FAULTS = [
     ("sources/files.py", 'if name[0] != "." and name.lower()', "if name.lower()", "sources/test_folder.py", "hidden"),
     # pictures
     ("sources/pictures.py", "picture = ImageOps.exif_transpose(file)", "picture = file", "sources/test_pictures.py", "exif"),
+    ("sources/pictures.py", "if file.width * file.height > MAX_PIXELS:", "if False:", "sources/test_pictures.py", "refused_by_name"),
+    ("sources/pictures.py", "if not stat.S_ISREG(os.stat(path).st_mode):", "if os.path.isdir(path):", "sources/test_pictures.py", "not_waited_for"),
+    ("sources/pictures.py", "with _one_large if large else", "with", "sources/test_pictures.py", "one_at_a_time"),
+    ("sources/pictures.py", "large = picture.width * picture.height > LARGE", "large = True", "sources/test_pictures.py", "one_at_a_time"),
+    ("sources/pictures.py", "in (5, 6, 7, 8)", "in (5, 7, 8)", "sources/test_pictures.py", "odd_pictures"),
     ("sources/pictures.py", "(128, 128, 128, 255)", "(0, 0, 0, 255)", "sources/test_pictures.py", "every_mode"),
     ("sources/pictures.py", "low = middle + 0.5 - side / 2", "low = middle - side / 2", "sources/test_hands.py", "drawn_dots"),
     ("sources/pictures.py", "2 * p1 * x * y + p2 * (r + 2 * x * x)", "2 * p2 * x * y + p1 * (r + 2 * x * x)", "sources/test_cameras.py", "any_rig"),

@@ -1,13 +1,18 @@
-"""Picture files: every mode, rotation, broken ones, lens distortion."""
+"""Picture files: every mode, rotation, size, broken ones, lens distortion."""
+import os
+import struct
+import time
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from common import UserError
 from sources.folder import index_folder
 from sources.hands import Hands
-from sources.pictures import check_images, read_image, undistort, undistort_picture
+from sources.pictures import check_images, picture_size, read_image, undistort, undistort_picture
 from trees import DIST, KEYS, noise, one, save
 
 
@@ -37,6 +42,68 @@ def test_exif_rotation_is_applied(tmp_path):
     exif[0x0112] = 6                                             # shown turned 90 degrees clockwise
     seen = read_image(save(tmp_path / "turned.jpg", picture, exif=exif, quality=95))
     assert seen.shape == (32, 16, 3) and seen[4].mean() > 250 and seen[28].mean() < 5
+
+
+def bomb(w: int, h: int) -> bytes:
+    """The head of a .png of that size, without its pixels."""
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def test_sizes_are_refused_by_name_before_pixels_are_read(tmp_path, recwarn, monkeypatch):
+    for name, w, h in (("a.png", 10_000, 5_001), ("b.png", 100_000, 100_000)):
+        (tmp_path / name).write_bytes(bomb(w, h))
+        for look in (read_image, picture_size):
+            with pytest.raises(UserError, match=f"{name}: {w} x {h} pixels are more than the 50 million"):
+                look(tmp_path / name)
+    monkeypatch.setattr("sources.pictures.FULL_CHECK", 0)          # nor does a quick check take it
+    save(tmp_path / "c.jpg", noise(300, 200))
+    monkeypatch.setattr("sources.pictures.MAX_PIXELS", 60_000 - 1)
+    assert not check_images([str(tmp_path / "c.jpg")])[0]
+    monkeypatch.setattr("sources.pictures.MAX_PIXELS", 60_000)
+    assert check_images([str(tmp_path / "c.jpg")])[0] and not recwarn.list
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    (tmp_path / "a.png").symlink_to(os.devnull)                    # as a pipe, which would be waited for
+    (tmp_path / "b.png").mkdir()
+    (tmp_path / "c.png").symlink_to(tmp_path / "c.png")
+    for name, said in (("a.png", "not a file"), ("b.png", "not a file"), ("c.png", "cannot be read"), ("d.png", "no such")):
+        with pytest.raises(UserError, match=f"{name}: .*{said}"):
+            read_image(tmp_path / name)
+
+
+def test_large_pictures_are_decoded_one_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("sources.pictures.LARGE", 99)
+    at_once, most, load = [], [], PngImageFile.load
+
+    def slow(picture):
+        at_once.append(picture)
+        time.sleep(0.001)
+        most.append(len(at_once))
+        load(picture)
+        at_once.pop()
+
+    monkeypatch.setattr(PngImageFile, "load", slow)
+    small, large = (save(tmp_path / f"{n}.png", noise(n, n)) for n in (9, 10))
+    assert check_images([str(large)] * 130, 4).all() and set(most) == {1}
+    most.clear()
+    assert check_images([str(small)] * 130, 4).all() and max(most) > 1
+
+
+def test_odd_pictures_are_read_as_viewers_show_them(tmp_path):
+    assert read_image(save(tmp_path / "1.png", noise(1, 1))).shape == (1, 1, 3)
+    frames = [Image.new("RGB", (6, 5), c) for c in ((255, 0, 0), (0, 0, 255))]
+    for name in ("moving.webp", "moving.png"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
+        assert read_image(tmp_path / name)[2, 3].tolist() == [255, 0, 0]
+    exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01\x03\0\1\0\0\0" * 3     # cut off
+    Image.fromarray(noise(20, 30)).save(tmp_path / "exif.jpg", exif=exif)
+    assert read_image(tmp_path / "exif.jpg").shape == (20, 30, 3)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    assert picture_size(save(tmp_path / "turned.jpg", noise(20, 30), exif=turned)) == (20, 30)
+    assert picture_size(tmp_path / "exif.jpg") == (30, 20)
 
 
 @pytest.mark.parametrize("full_check", [20_000, 0])
