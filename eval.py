@@ -5,6 +5,7 @@
     python eval.py RUN RUN ... --curve label_fraction             error over an option of the runs
     python eval.py RUN --images DIR --out DIR [--obj]             photos: overlays, JSON, meshes
     python eval.py RUN --data hanco=DIR --views 0 2 5             HaMuCo with some of the cameras
+    python eval.py RUN --data cameras=DIR                         your rig: fused hands, JSON, .obj
     python eval.py RUN --data freihand:centre=DIR --submit        the file that its server reads
     python eval.py --inspect --data interhand=DIR                 is my data read right?
 
@@ -67,15 +68,16 @@ from typing import Any, NamedTuple
 
 # common before torch: it settles how threads wait
 from common import (
-    FINGERS, MANO_TO_OURS, N_JOINTS, ROOT, Flags, Mano, UserError, axis_angle_to_matrix, barrier,
-    guarded, invert, load_checkpoint, matrix_to_axis_angle, place, rank, say, start, transform,
-    view_intrinsics)
+    FINGERS, MANO_TO_OURS, MIDDLE_MCP, N_JOINTS, ROOT, Flags, Mano, UserError,
+    axis_angle_to_matrix, barrier, guarded, invert, load_checkpoint, place, rank, say, start,
+    transform, view_intrinsics)
 from hand import hand_mark, user_hand
-from hand.drawing import (
-    CURVE_COLOURS, draw_mesh, draw_side, draw_skeleton, figure, label, save_png, sheet)
+from hand.drawing import CURVE_COLOURS, draw_mesh, draw_skeleton, figure, label, sheet
 from sources import (
     Hands, batches, data_name, hand_for, open_data, parse_data, read_index, scored_split)
-from sources.index import PICTURES, Index, tight_box, unmirror
+from sources.exports import (
+    Fused, bone_lengths, described, draw_moment, draw_photo, flat_name, obj_text, of_moment)
+from sources.index import PICTURES, Index, tight_box
 from sources.interhand import INTERHAND_TO_OURS
 from sources.loader import to_device
 from sources.judging import LIMITS, Exam, Row, assess
@@ -94,7 +96,6 @@ import ti_net
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -688,9 +689,6 @@ def draw_curve(args: argparse.Namespace) -> None:
 
 # ---- Your own pictures ---------------------------------------------------------------------------
 
-SMALLEST, LARGEST = 640, 1280                            # px of an overlay's longer side
-
-
 def hands_in(args: argparse.Namespace, cache: str) -> Index:
     """The hands of a folder of photos, or of one: labels.jsonl's, or those that MediaPipe finds.
 
@@ -759,6 +757,12 @@ def with_cameras(index: Index) -> np.ndarray:
     return known
 
 
+def chosen_output(every: dict[str, dict]) -> str:
+    """Of several outputs the last that is a posed hand, else the last."""
+    posed = [name for name, pred in every.items() if "pose" in pred]
+    return (posed or list(every))[-1]
+
+
 @torch.no_grad()
 def own_pictures(args: argparse.Namespace, flags: Flags, device: torch.device) -> None:
     """--images: every hand of a folder of photos; overlays, hands.json, with --obj meshes."""
@@ -787,7 +791,9 @@ def own_pictures(args: argparse.Namespace, flags: Flags, device: torch.device) -
         draw_photo(out, Path(index.root), path, found, faces)
         for k, hand in enumerate(found):
             if args.obj:
-                write_obj(out / f"{flat_name(path)}-{k}.obj", hand, faces)
+                upright = hand["verts"] * torch.tensor([1.0, -1, -1])     # as viewers expect: y up
+                mesh = obj_text(upright, faces, hand["side"])
+                (out / f"{flat_name(path)}-{k}.obj").write_text(mesh)
     public = [{key: x for key, x in hand.items() if key != "verts"}
               for found in hands.values() for hand in found]
     (out / "hands.json").write_text(json.dumps(public, indent=1, allow_nan=False) + "\n")
@@ -798,94 +804,87 @@ def own_pictures(args: argparse.Namespace, flags: Flags, device: torch.device) -
         "each" + ", .obj" * args.obj + f"; {scale}")
 
 
-def chosen_output(every: dict[str, dict]) -> str:
-    """Of several outputs the last that is a posed hand, else the last."""
-    posed = [name for name, pred in every.items() if "pose" in pred]
-    return (posed or list(every))[-1]
+# ---- Your own cameras ----------------------------------------------------------------------------
 
 
-def flat_name(path: str) -> str:
-    """sub/photo.jpg -> sub__photo.jpg, so that every photo has a file of its own."""
-    return path.replace("/", "__")
+def in_world(model: nn.Module, batch: dict) -> Fused:
+    """A calibrated batch of moments -> the fused hands; left hands as they are, not mirrored."""
+    pred = model.eval().predict({key: batch[key] for key in model.USES if key in batch})
+    placed = hamuco.place_fused(pred, batch, model.size)
+    hand = placed.get("fusion_center", placed["fusion_ransac"])
+    every = torch.arange(len(batch["id"]), device=hand["joints"].device)
+    seen = batch["view_ok"].int().argmax(1)                     # all views agree; the first one
+    M = batch["cameras"].double()[every, seen]
+    camera = hand["joints"].double()
+    joints = (camera[every, seen] - M[:, None, :3, 3]) @ M[:, :3, :3]                  # R^T (x - t)
+    verts = None
+    if "fusion_center" in placed:                           # rooted at the middle finger's base
+        verts = pred["fusion"]["verts"].double()[every, seen] @ M[:, :3, :3]
+        verts = verts + joints[:, MIDDLE_MCP, None]
+    own = pred.get("interaction", pred["single"])["uv"]
+    back = invert(batch["crop"].double().flatten(0, 1))
+    off = [transform(back, uv.double().flatten(0, 1)).view_as(uv) for uv in (own, hand["uv"])]
+    error = (off[0] - off[1]).norm(dim=-1).flatten(1).nanmean(1)
+    mirror = torch.ones(len(every), 1, 3, dtype=torch.float64, device=every.device)
+    mirror[:, 0, 0] = torch.tensor([-1.0 if side == "left" else 1.0 for side in batch["side"]])
+    verts = None if verts is None else verts * mirror
+    return Fused(joints * mirror, verts, camera * mirror[:, None], hand["uv"], error)
 
 
-def described(batch: dict, pred: dict[str, Tensor], index: Index, known: np.ndarray) -> list[dict]:
-    """Predictions as JSON-able hands of their photo: un-mirrored, px of the photo, metres.
+@torch.no_grad()
+def own_cameras(args: argparse.Namespace, flags: Flags, device: torch.device) -> None:
+    """--data cameras=DIR: every frame of a rig, fused into one hand in the world.
 
-    joints and verts are in the camera's frame: where the network puts them, else where 2D sees
-    them.
+    OUT/FRAME.json has the joints (21, 3) in world axes and in each camera's, and where each camera
+    sees them in px of its picture, lens distortion taken away; FRAME.png the overlays; FRAME.obj
+    the mesh, where the rig's unit is known. rig.json has the numbers that are printed.
     """
-    K = view_intrinsics(batch)
-    back = invert(batch["crop"].double())
-    uv = transform(back, pred["uv"].double())
-    wrist = pred["joints"][:, ROOT]
-    shift = pred["root"] - wrist if "root" in pred else place(pred["joints"], pred["uv"], K)
-    shift = shift[:, None]
-    moved = {key: pred[key] + shift for key in ("joints", "verts") if key in pred}
-    plain = unmirror(moved | {"pose": pred["pose"]} if "pose" in pred else moved, batch["side"])
-    boxes = index.columns.get("box", np.full((len(index), 4), np.nan))
-    out = []
-    for i, row in enumerate(batch["index"].tolist()):
-        box = boxes[row].tolist() if np.isfinite(boxes[row]).all() else None
-        hand = {"path": index.path(row), "id": index.id(row), "side": batch["side"][i], "box": box,
-                "joints": plain["joints"][i].tolist(), "uv": uv[i].tolist(),
-                "K": index.columns["K"][row].tolist(), "metric": bool(known[row])}
-        if "pose" in plain:
-            hand["pose"] = matrix_to_axis_angle(plain["pose"][i]).flatten().tolist()
-        hand |= {key: pred[key][i].tolist() for key in ("shape",) if key in pred}
-        out.append(hand | ({"verts": plain["verts"][i]} if "verts" in plain else {}))
-    return out
-
-
-def draw_photo(out: Path, root: Path, path: str, hands: list[dict], faces: Tensor) -> None:
-    """OUT/PHOTO.png: the photo with every hand's mesh and bones, two sides of each beside it."""
-    photo = Image.fromarray(read_image(root / path))
-    s = min(max(1.0, SMALLEST / max(photo.size)), LARGEST / max(photo.size))
-    size = (round(photo.width * s), round(photo.height * s))
-    image = photo.resize(size, Image.Resampling.LANCZOS)
-    A = np.array([[s, 0, (s - 1) / 2], [0, s, (s - 1) / 2], [0, 0, 1]])  # x to (x + 0.5) s - 0.5
-    drawn = image
-    for hand in hands:
-        verts = hand.get("verts", torch.zeros(1, 3))
-        if verts.isfinite().all() and (verts[:, 2] > 0.02).all():             # before the camera
-            order = faces[:, [0, 2, 1]] if hand["side"] == "left" else faces
-            K = torch.tensor(A @ np.array(hand["K"])).float()
-            drawn = draw_mesh(drawn, verts, order, K, alpha=0.75)
-    for hand in hands:
-        uv = np.array(hand["uv"]) * s + (s - 1) / 2
-        drawn = draw_bones(drawn, uv)
-    side = max(120, min(300, drawn.height // max(1, len(hands))))
-    beside = Image.new("RGB", (2 * side, max(drawn.height, side * len(hands))), "white")
-    for k, hand in enumerate(hands):
-        for j, turn in enumerate((90.0, -45.0)):
-            cell = draw_side(np.array(hand["joints"]), side, turn=turn)
-            beside.paste(cell, (j * side, k * side))
-        top = beside.crop((0, k * side, side, k * side + 24))
-        beside.paste(label(top, f"{hand['side']} hand", 13), (0, k * side))
-    sheet_ = Image.new("RGB", (drawn.width + beside.width, beside.height), "white")
-    sheet_.paste(drawn, (0, 0))
-    sheet_.paste(beside, (drawn.width, 0))
-    save_png(out / f"{flat_name(path)}.png", sheet_)
-
-
-def draw_bones(image: Image.Image, uv: np.ndarray) -> Image.Image:
-    """One hand's bones over a photo, with lines as thick as the hand is large."""
-    low, high = np.floor(uv.min(0)).astype(int), np.ceil(uv.max(0)).astype(int)
-    reach = int(max(high - low) // 8 + 8)
-    box = (*np.maximum(low - reach, 0).tolist(), *np.minimum(high + reach, image.size).tolist())
-    if not np.isfinite(uv).all() or box[2] - box[0] < 4 or box[3] - box[1] < 4:
-        return image                                              # the hand lies outside the photo
-    out = image.copy()
-    out.paste(draw_skeleton(image.crop(box), uv - np.array(box[:2])), box[:2])
-    return out
-
-
-def write_obj(path: Path, hand: dict, faces: Tensor) -> None:
-    """A mesh in metres, y up and z towards the viewer, as viewers of .obj expect."""
-    verts = hand["verts"] * torch.tensor([1.0, -1, -1])
-    order = faces[:, [0, 2, 1]] if hand["side"] == "left" else faces
-    path.write_text("".join(f"v {x:.6f} {y:.6f} {z:.6f}\n" for x, y, z in verts.tolist())
-                    + "".join(f"f {a + 1} {b + 1} {c + 1}\n" for a, b, c in order.tolist()))
+    net = prepared(args)[0]
+    if len(args.run) != 1 or net.rig is None:
+        raise UserError("--data cameras=DIR wants one run, of hamuco.py, which fuses views; the "
+                        "other networks see one picture at a time (--images DIR/frames/CAMERA)")
+    flags = dataclasses.replace(flags, mano=net.cfg.mano)
+    data = open_data(flags, (args.data,), args.split or "all", net.side, net.margin, device,
+                     rig=net.rig)
+    net.model.to(device)
+    out = Path(args.out or net.folder / "eval-cameras")
+    out.mkdir(parents=True, exist_ok=True)
+    faces = Mano(user_hand(net.cfg.mano)[0]).faces
+    plan = list(torch.arange(len(data)).split(16))
+    stream = batches(data, plan, device, flags.workers)
+    errors, lengths, lost = [], [], []
+    for batch in tqdm(stream, "predicting", len(plan), unit="batch"):
+        found = in_world(net.model, batch)
+        for i, frame in enumerate(batch["id"]):
+            if not found.joints[i].isfinite().all():
+                lost.append(frame)
+                continue
+            errors.append(float(found.error[i]))
+            lengths.append(bone_lengths(found.joints[i]))
+            file = out / flat_name(frame)
+            pictures = data.paths(int(batch["index"][i]))
+            hand = of_moment(batch, found, pictures, i)
+            file.with_suffix(".json").write_text(json.dumps(hand, allow_nan=False) + "\n")
+            draw_moment(file.with_suffix(".png"), batch, found, pictures, faces, i)
+            if found.verts is not None:
+                file.with_suffix(".obj").write_text(
+                    obj_text(found.verts[i], faces, batch["side"][i]))
+    if not errors:
+        raise UserError(f"{args.data}: no frame has the hand in two calibrated cameras")
+    bones = torch.stack(lengths)
+    spread = 100 * float((bones.std(0, correction=0) / bones.mean(0)).mean())
+    metric = found.verts is not None
+    numbers = {"run": str(net.path), "frames": len(errors), "left_out": lost,
+               "unit": "m" if metric else "cameras.json's own",
+               "reprojection_px": float(np.median(errors)), "bone_spread_percent": spread}
+    (out / "rig.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    lengths_in = "metres" if metric else ("cameras.json's own unit, in which no hand of known size "
+                                          "can be placed, so there is no mesh (give unit_m)")
+    say(f"{len(errors):,} frames, {len(lost):,} left out (the hand in fewer than two cameras); the "
+        f"fused hand lies {numbers['reprojection_px']:.1f} px of the picture (median) from the "
+        f"network's own 2D; its bones change by {spread:.1f} % over the frames; lengths are in "
+        f"{lengths_in}")
+    say(f"wrote {out}: rig.json, and for each frame a .json, a .png" + " and an .obj" * metric)
 
 
 # ---- Inspect -------------------------------------------------------------------------------------
@@ -967,7 +966,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.curve:
         return draw_curve(args)
     device = start(args.device)
-    (inspect if args.inspect else own_pictures if args.images else judge)(args, flags, device)
+    rig = data_name(args.data) == "cameras" and not args.submit
+    chosen = (inspect if args.inspect else own_pictures if args.images
+              else own_cameras if rig else judge)
+    chosen(args, flags, device)
 
 
 if __name__ == "__main__":

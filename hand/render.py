@@ -135,8 +135,8 @@ def _interpolate(ids: Tensor, verts: Tensor, faces: Tensor, K: Tensor, extra: Te
     weights = torch.stack([-l1 - l2, l1, l2], 1)                          # (n, corner, 3)
     weights[:, 0, 2] += 1
     plane = (values * nearness[..., None]).mT @ weights                   # (n, value, 3)
-    plane = plane.permute(2, 1, 0).reshape(-1, len(at)).index_select(1, face)
-    u, v, w = plane.view(3, -1, len(face))                                # (value, N) each
+    plane = plane.permute(2, 1, 0).flatten(0, 1).index_select(1, face)    # a picture may be empty
+    u, v, w = plane.unflatten(0, (3, -1))                                 # (value, N) each
     value = torch.addcmul(torch.addcmul(w, u, column), v, row)
     return value[:-1] / value[-1], hit, b, row, column
 

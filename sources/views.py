@@ -69,6 +69,10 @@ class Views(Source):
         found = [self._stack(moment, first) for moment in rows.tolist()]
         return collate(found) | {"side_px": torch.full((len(rows),), float(self.hands.size))}
 
+    def paths(self, moment: int) -> list[str]:
+        """The picture of each camera, relative to the data set's folder, "" where there is none."""
+        return [self.hands.index.path(row) if row >= 0 else "" for row in self.rows[moment]]
+
     def _stack(self, moment: int, read: Callable[[int], dict]) -> dict:
         """One moment's samples on top of each other."""
         rows = self.rows[moment].tolist()

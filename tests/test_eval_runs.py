@@ -14,7 +14,7 @@ import handmim
 import peclr
 import sources.stages
 import ti_net
-from common import UserError, save_checkpoint
+from common import UserError, project, save_checkpoint
 from sources import Cameras, Source, scored_split
 from sources.judging import Exam, assess
 from sources.recipes import key_of, pretraining, recipe, row_name
@@ -308,3 +308,60 @@ def test_rows_of_labels_say_nothing_of_3d():
     assert hamuco.predictor({}, 32, False)(batch) == {}
     found = hamuco.predictor({}, 32, data.gives("uv_label"))(batch)
     assert {"labels", "dlt", "ransac"} <= set(found) and "joints" not in found["labels"]
+
+
+# ---- Your own cameras ----
+
+
+class Knowing(torch.nn.Module):
+    """Says where the hand of each moment is: world joints (21, 3) by the moment's name, seen by every camera."""
+    USES = frozenset({"image", "view_ok", "cameras", "K", "id"})
+    size = 64
+
+    def __init__(self, world, mirrored):
+        super().__init__()
+        self.world, self.mirrored = world, mirrored
+
+    def predict(self, batch):
+        X = torch.stack([self.world[name] for name in batch["id"]])
+        X = X * torch.tensor([-1.0, 1, 1]) if self.mirrored else X
+        x = hamuco.to_cameras(X, batch["cameras"])
+        x = torch.where(batch["view_ok"][..., None, None], x, torch.nan)
+        rooted = x - x[:, :, 9:10]
+        return {"single": {"joints": rooted, "uv": project(x, batch["K"].to(x))},
+                "fusion": {"joints": rooted, "verts": (rooted[:, :, :1] + 0.01).expand(-1, -1, 778, -1), "uv": project(x, batch["K"].to(x))}}
+
+
+@pytest.mark.parametrize("side, unit", [("right", 0.5), ("left", 0.5), ("right", None)])
+def test_a_rig_s_hands_come_back_in_world_axes_of_the_rig(here, monkeypatch, side, unit):
+    """Ten frames, of which the fifth is in one camera only: it is left out and named."""
+    X = (unit or 1) * rig_tree(here / "rig", unit=unit, side=side)
+    world = {f"{f:04d}": torch.tensor(X[f], dtype=torch.float32) for f in range(10)}
+    run_of(here / "run", hamuco, finetune="", data=("synthetic:calm",), views=2)
+    net = judge.load_net(here / "run")
+    net.model = Knowing(world, side == "left")
+    monkeypatch.setattr(judge, "load_net", lambda path, mano: net)
+    judge.main(["run", "--data", f"cameras={here / 'rig'}", "--out", "o", "--workers", "0"])
+    said = json.loads((here / "o" / "rig.json").read_text())
+    assert said["frames"] == 9 and said["left_out"] == ["0004"] and said["reprojection_px"] < 1e-3
+    assert said["unit"] == ("m" if unit else "cameras.json's own") and 20 < said["bone_spread_percent"] < 90
+    hand = json.loads((here / "o" / "0007.json").read_text())
+    assert np.allclose(hand["joints"], X[7], atol=1e-4) and hand["side"] == side
+    # cam1 looks along the world's x axis, from 3 units before the origin.
+    x, y, z = (X[7] / (unit or 1)).T
+    seen = hand["cameras"]["cam1"]
+    assert np.allclose(seen["joints"], np.stack([-z, y, x + 3], 1) * (unit or 1), atol=1e-4)
+    assert np.allclose(seen["uv"], np.stack([300 * -z / (x + 3) + 150, 310 * y / (x + 3) + 120], 1), atol=0.01)
+    assert seen["picture"] == "frames/cam1/0007.jpg" and not (here / "o" / "0004.json").exists()
+    assert (here / "o" / "0007.png").exists() and (here / "o" / "0007.obj").exists() == bool(unit)
+    if unit:
+        first = (here / "o" / "0007.obj").read_text().split("\n")[0].split()[1:]
+        towards = np.array([-0.01 if side == "left" else 0.01, 0.01, 0.01])
+        assert np.allclose(np.array(first, float), X[7][0] + towards, atol=1e-4)
+
+
+def test_only_a_network_of_several_views_is_asked_about_a_rig(here):
+    rig_tree(here / "rig")
+    run_of(here / "run")
+    with pytest.raises(UserError, match="of hamuco.py, which fuses views"):
+        judge.main(["run", "--data", f"cameras={here / 'rig'}"])

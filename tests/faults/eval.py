@@ -118,4 +118,16 @@ FAULTS = [
     ("sources/judging.py", 'error = 1000 * mpjpe(f["joints"]', 'error = 100 * mpjpe(f["joints"]', JUDGING, "millimetres"),
     ("sources/judging.py", 'aligned = 1000 * pa_mpjpe(f["joints"]', 'aligned = 100 * pa_mpjpe(f["joints"]', JUDGING,
      "millimetres"),
+    # rigs
+    ("eval.py", "joints = (camera[every, seen] - M[:, None, :3, 3]) @ M[:, :3, :3]",
+     "joints = (camera[every, seen] - M[:, None, :3, 3]) @ M[:, :3, :3].mT", RUNS, "come_back_in_world_axes"),
+    ("eval.py", "verts = verts + joints[:, MIDDLE_MCP, None]", "verts = verts + joints[:, ROOT, None]", RUNS,
+     "come_back_in_world_axes"),
+    ("eval.py", "return Fused(joints * mirror, verts, camera * mirror[:, None], hand[\"uv\"], error)",
+     "return Fused(joints * mirror, verts, camera, hand[\"uv\"], error)", RUNS, "come_back_in_world_axes"),
+    ("eval.py", "if not found.joints[i].isfinite().all():", "if False:", RUNS, "come_back_in_world_axes"),
+    ("sources/exports.py", "uv = transform(back, found.uv[i].double())", "uv = found.uv[i].double()", RUNS,
+     "come_back_in_world_axes"),
+    ("hand/render.py", "plane.permute(2, 1, 0).flatten(0, 1)", "plane.permute(2, 1, 0).reshape(-1, len(at))",
+     "hand/test_render.py", "beside_the_picture"),
 ]

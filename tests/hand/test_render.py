@@ -154,6 +154,13 @@ def test_vertex_normals_match_a_double_loop(mano):
     assert np.allclose(np.linalg.norm(flat[0], axis=1), 1, atol=1e-5)
 
 
+def test_a_hand_beside_the_picture_leaves_it_as_it_is(mano):
+    verts, _ = posed(mano, PALM[None])
+    behind = torch.full((1, 3, 24, 24), 0.5)
+    drawn, _ = render(verts + 10, mano.faces, camera(1, 24, 60.0), 24, torch.ones(1, 778, 3), studio(1), behind)
+    assert torch.allclose(drawn, behind, atol=1e-6)
+
+
 # ---- conventions
 
 def test_a_right_hand_with_its_palm_to_the_camera_has_its_thumb_at_the_right(mano):
