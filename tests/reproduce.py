@@ -3,10 +3,20 @@
     python tests/reproduce.py               tests/pictures/synthetic.png
     python tests/reproduce.py RUN ...       sheet.png and the table of some runs' comparison
     python tests/reproduce.py labels        how far triangulated synthetic labels are from the truth
+    python tests/reproduce.py claim NAME ... [--seeds N] [--budget X] [--jobs N] [--hours H]
+                                            what tests/claims/PLAN.md compares, going on where it was
+                                            stopped; names: core, further, calibrate, or single ones
+    python tests/reproduce.py readme        the claims' tables of README.md, from their result files
+    python tests/reproduce.py tables        every table and figure of the four papers, with its command
 """
+import argparse
+import math
+import os
 import shutil
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -17,8 +27,14 @@ from common import n_mpjpe, pa_mpjpe
 from hand.drawing import draw_skeleton, sheet
 from sources.synthetic import Synthetic
 
+from claims import papers, show
+from claims.plan import CALIBRATE, CLAIMS, CORE, FURTHER, SEEDS, Claim
+from claims.sitting import Place, sit
+
 import torch
 from scipy.stats import spearmanr
+
+CLAIM_GROUPS = {"core": CORE, "further": FURTHER, "calibrate": CALIBRATE}
 
 
 def compare(runs: list[str]) -> None:
@@ -62,7 +78,48 @@ def labels(moments: int = 256) -> None:
             print(f"{views} views  {name:15s} {scores[0]:5.1f} / {scores[1]:4.1f}")
 
 
+def chosen(names: list[str]) -> list[Claim]:
+    """The claims that a command line names, each once."""
+    found: dict[str, Claim] = {}
+    for name in names:
+        if name not in CLAIM_GROUPS and name not in CLAIMS:
+            raise SystemExit(f"claim {name}: choose from {', '.join([*CLAIM_GROUPS, *CLAIMS])}")
+        found |= {claim.name: claim for claim in CLAIM_GROUPS.get(name) or [CLAIMS[name]]}
+    return list(found.values())
+
+
+def claim(words: list[str]) -> int:
+    """Run what is not done of some claims, then print and draw their tables."""
+    parser = argparse.ArgumentParser(prog="reproduce.py claim")
+    parser.add_argument("names", nargs="+", metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N")
+    parser.add_argument("--budget", type=float, metavar="X", help="in the place of the plan's budgets")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes of one thread each")
+    parser.add_argument("--hours", type=float, default=math.inf, metavar="H",
+                        help="start no row after so many; 0 prints what is there")
+    args = parser.parse_args(words)
+    claims = chosen(args.names)
+    if args.jobs > 1:
+        command = [sys.executable, __file__, "claim", *words, "--jobs", "1"]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        others = [subprocess.Popen(command, env=env) for _ in range(args.jobs)]
+        return max(process.wait() for process in others)
+    torch.set_num_threads(1)
+    failed = sit(claims, args.seeds, args.budget, until=time.monotonic() + 3600 * args.hours)
+    for one in claims:
+        print(f"\n{show.table(one)}\n\n{show.rows_table(one)}")
+        for file in show.draw(one, Place().runs):
+            print(f"wrote {file}")
+    return int(failed > 0)
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["claim"]:
+        sys.exit(claim(sys.argv[2:]))
+    if sys.argv[1:] == ["readme"]:
+        return show.write_readme()
+    if sys.argv[1:] == ["tables"]:
+        return print(papers.listing())
     if sys.argv[1:] == ["labels"]:
         return labels()
     if sys.argv[1:]:

@@ -1,0 +1,1 @@
+def listing(): return ""

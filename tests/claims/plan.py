@@ -1,0 +1,402 @@
+"""PLAN.md as data: the rows of each claim, the commands that make them, what is compared."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+UNIT = 131_072                         # pictures through the network at budget 1
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is; a test makes it tiny."""
+
+    unit: int = UNIT                   # pictures of budget 1
+    pictures: int = 16_384             # unlabelled set, of which the labels are a share
+    tuned: int = 81_920                # pictures that a fine-tuning sees, whatever the share
+    side: int = 64                     # of the network's input, px
+    probed: int = 8_192                # hands that the ridge probe is fitted to
+    more: tuple[tuple[str, tuple[str, ...]], ...] = ()     # further words of a script
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A pre-training: its script and what its command says beside the recipe of all rows."""
+
+    script: str
+    words: tuple[str, ...] = ()
+    share: float = 1.0                 # of the unlabelled set
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A fine-tuning of every row of a claim: measures are called after it."""
+
+    name: str
+    share: float                       # of the labels
+    words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table; None: random weights. `words` go to its fine-tuning."""
+
+    name: str
+    weights: Weights | None = None
+    words: tuple[str, ...] = ()
+    budgets: tuple[float, ...] = ()    # where not the claim's
+    rate: float = 0.0                  # of a row of calibration
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Row and measure that are to be lower than another row and measure."""
+
+    says: str
+    better: tuple[str, str]
+    than: tuple[str, str]
+    paper: str                         # its gain and where it stands
+    least: float                       # smallest gain that counts, percent of `than`
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a `claim NAME` runs and says."""
+
+    name: str
+    title: str
+    script: str                        # whose head and crop all rows share
+    rows: tuple[Row, ...]
+    compared: tuple[Comparison, ...]
+    probe: bool = False
+    tunings: tuple[Tuning, ...] = ()
+    budgets: tuple[float, ...] = (1,)
+    tests: tuple[str, ...] = ("synthetic",)       # where fine-tuned rows are scored
+    first_seed: int = 0
+    minutes: float = 0                 # of a core, a row and seed beyond its pre-training
+
+
+# ---- The one recipe of all rows ------------------------------------------------------------------
+
+SEEDS = 3
+SHARE = 0.25                           # the small share of labels; see PLAN.md, Calibration
+CNN = ("--backbone", "resnet10")
+VIT = ("--backbone", "vit_mini")
+PLAIN = ("--workers", "0", "--device", "cpu", "--save-minutes", "2")
+VIEWS = {"peclr": 2, "ti_net": 12, "handmim": 2}       # pictures a sample sends through the encoder
+BATCH = {"peclr": 128, "ti_net": 64, "handmim": 64}
+RECIPE = {                             # what a short run on a CPU forces, once for all rows
+    "peclr": CNN,
+    "ti_net": (*CNN, "--decoder-width", "32", "--probe-every", "0"),
+    "handmim": (*VIT, "--lr", "8e-3", "--prototypes", "512", "--head-hidden", "256",
+                "--decoder-width", "16", "--probe-every", "0"),
+    "hamuco": (*CNN, "--alpha", "0.1", "--gamma", "10", "--augment", "0.1"),
+}
+TUNE = {"peclr": (*CNN, "--batch-size", "64", "--micro-batch", "64"),
+        "ti_net": (*CNN, "--batch-size", "64", "--micro-batch", "64"),
+        "handmim": (*VIT, "--batch-size", "64", "--micro-batch", "64")}
+GRID = {"peclr": (5e-4, 1.5e-3, 4.5e-3), "ti_net": (5e-4, 1.5e-3, 4.5e-3),
+        "handmim": (1e-4, 3e-4, 1e-3), "hamuco": (3e-4, 1e-3, 3e-3)}
+MINUTES = {"peclr": 11, "ti_net": 13, "handmim": 12, "hamuco": 16}     # of a core, at budget 1
+
+
+def samples_of(weights: Weights, scale: Scale) -> int:
+    """Pictures in the unlabelled set; of HaMuCo moments, whose views together are as many."""
+    of = int(views_of(weights.words)) if weights.script == "hamuco" else 1
+    return round(weights.share * scale.pictures / of)
+
+
+def views_of(words: tuple[str, ...]) -> int:
+    """HaMuCo's cameras: four, or what --views says."""
+    return int(words[words.index("--views") + 1]) if "--views" in words else 4
+
+
+def epochs_of(weights: Weights, budget: float, scale: Scale) -> int:
+    """The whole epochs that come nearest to a budget, at least one."""
+    views = VIEWS.get(weights.script) or views_of(weights.words)
+    return max(1, round(budget * scale.unit / (views * samples_of(weights, scale))))
+
+
+def pictures_of(weights: Weights, budget: float, scale: Scale) -> int:
+    """Pictures that go through the network in training, forward and backward."""
+    views = VIEWS.get(weights.script) or views_of(weights.words)
+    n = samples_of(weights, scale)
+    batch = min(BATCH.get(weights.script, 8), n)
+    return views * max(1, n // batch) * batch * epochs_of(weights, budget, scale)
+
+
+def momentum(steps: int) -> float:
+    """Of HandMIM's and iBOT's teacher at first: a hundredth of its start is left (handmim.py, 1)."""
+    return round(max(0.0, min(0.996, 1 - 2 * math.log(100) / steps)), 4)
+
+
+# ---- Commands ------------------------------------------------------------------------------------
+
+
+def pretrain_words(weights: Weights, seed: int, budget: float, out: Path | str, cache: Path | str,
+                   scale: Scale, rate: float = 0.0) -> list[str]:
+    """The command that makes weights: words behind the interpreter, the script first.
+
+    `rate` is HaMuCo's, the one that was chosen on single views; the others have their scripts' own.
+    """
+    script = weights.script
+    n, epochs = samples_of(weights, scale), epochs_of(weights, budget, scale)
+    given = [script + ".py", "--data", "synthetic", "--samples", str(n), "--epochs", str(epochs),
+             "--image-size", str(scale.side), "--seed", str(seed), "--out", str(out), "--cache",
+             str(cache), *PLAIN, *RECIPE[script]]
+    if script in BATCH:
+        batch = min(BATCH[script], n)
+        given += ["--batch-size", str(batch), "--micro-batch", str(batch)]
+    if script == "handmim":
+        steps = epochs * max(1, n // batch)
+        given += ["--teacher-momentum", str(momentum(steps))]
+    if script == "hamuco":
+        given += ["--lr", f"{rate:g}"]
+        given += [] if "--views" in weights.words else ["--views", "4"]
+        if "single-view" not in weights.words:
+            given += ["--warm-epochs", str(epochs // 4)]
+    return given + [*weights.words, *dict(scale.more).get(script, ())]
+
+
+def tune_words(claim: Claim, row: Row, tuning: Tuning, seed: int, init: Path | str,
+               out: Path | str, cache: Path | str, scale: Scale, rate: float) -> list[str]:
+    """The command that fine-tunes a row; `init` is its weights' file, or random, `rate` the claim's."""
+    epochs = max(1, round(scale.tuned / (tuning.share * scale.pictures)))
+    given = [claim.script + ".py", "--init", str(init), "--finetune", "synthetic", "--samples",
+             str(scale.pictures), "--label-fraction", f"{tuning.share:g}", "--epochs", str(epochs),
+             "--lr", f"{rate:g}", "--image-size", str(scale.side),
+             "--seed", str(seed), "--out", str(out), "--cache", str(cache), "--row", row.name,
+             *PLAIN, *TUNE[claim.script], *tuning.words, *row.words]
+    return given + [*dict(scale.more).get(claim.script, ())]
+
+
+# ---- Core claims ---------------------------------------------------------------------------------
+
+SMALL, ALL = Tuning("small", SHARE), Tuning("all", 1.0)
+OURS = ("--augment", "scale", "rotation", "translation", "colour-jitter")      # PeCLR's best
+
+
+def simclr(*augment: str) -> Weights:
+    """SimCLR with its own best transformations, or those named."""
+    return Weights("peclr", ("--objective", "simclr", *augment))
+
+
+def only(name: str) -> tuple[str, ...]:
+    """One transformation alone, as in PeCLR's Fig. 5."""
+    return ("--augment", name)
+
+
+def ti_net(*variant: str) -> Weights:
+    """TI-Net's pre-training with some variants."""
+    return Weights("ti_net", ("--variant", *variant) if variant else ())
+
+
+def handmim(*variant: str, objective: str = "handmim") -> Weights:
+    """HandMIM's, or with objective="ibot" iBOT's."""
+    return Weights("handmim", ("--objective", objective, *(("--variant", *variant) if variant else ())))
+
+
+def hamuco(*words: str, share: float = 1.0) -> Weights:
+    """HaMuCo's one training."""
+    return Weights("hamuco", words, share)
+
+
+PECLR_WEIGHTS = Weights("peclr")
+PROBE, SMALL_MM, ALL_MM = "probe_mpjpe_mm", "small_mpjpe_mm", "all_mpjpe_mm"
+
+PECLR = Claim(
+    "peclr", "PeCLR, frozen features (Tab. 1, Fig. 5 b)", "peclr",
+    (Row("random"), Row("simclr", simclr()), Row("simclr-peclr-views", simclr(*OURS)),
+     Row("peclr", PECLR_WEIGHTS),
+     Row("simclr-rotation", simclr(*only("rotation")), budgets=(1,)),
+     Row("peclr-rotation", Weights("peclr", only("rotation")), budgets=(1,)),
+     Row("simclr-translation", simclr(*only("translation")), budgets=(1,)),
+     Row("peclr-translation", Weights("peclr", only("translation")), budgets=(1,))),
+    (Comparison("PeCLR beats SimCLR, each at its best augmentations", ("peclr", PROBE),
+                ("simclr", PROBE), "3.4 % (Tab. 1, 3D EPE)", 1),
+     Comparison("the same in 2D", ("peclr", "probe_2d_px"), ("simclr", "probe_2d_px"),
+                "12.8 % (Tab. 1, 2D EPE)", 1),
+     Comparison("undoing the views helps, augmentations alike", ("peclr", PROBE),
+                ("simclr-peclr-views", PROBE), "not given", 1),
+     Comparison("undoing rotation helps", ("peclr-rotation", PROBE), ("simclr-rotation", PROBE),
+                "56 % (Fig. 5 b)", 2),
+     Comparison("undoing translation helps", ("peclr-translation", PROBE),
+                ("simclr-translation", PROBE), "34 % (Fig. 5 b)", 2),
+     Comparison("PeCLR beats random features", ("peclr", PROBE), ("random", PROBE),
+                "yes (Sec. 4.4)", 5)),
+    probe=True, budgets=(1, 4), minutes=1)
+
+PECLR_LABELS = Claim(
+    "peclr-labels", "PeCLR, tuned end to end (Tab. 2, Fig. 6)", "peclr",
+    (Row("scratch"), Row("simclr", simclr()), Row("peclr", PECLR_WEIGHTS)),
+    (Comparison("PeCLR beats scratch with few labels", ("peclr", SMALL_MM), ("scratch", SMALL_MM),
+                "yes (Fig. 6)", 2),
+     Comparison("and with all labels", ("peclr", ALL_MM), ("scratch", ALL_MM),
+                "10.8 to 14.5 % PA-EPE (Tab. 2)", 2),
+     Comparison("PeCLR beats SimCLR with few labels", ("peclr", SMALL_MM), ("simclr", SMALL_MM),
+                "not given", 2)),
+    tunings=(SMALL, ALL), budgets=(1, 4), minutes=18)
+
+TI_NET = Claim(
+    "ti_net", "TI-Net (Tab. 2, Fig. 5)", "ti_net",
+    (Row("scratch"), Row("reconstruction", ti_net("no-ordinary", "no-secondary", "no-identity")),
+     Row("simclr", simclr()), Row("peclr", PECLR_WEIGHTS), Row("ti_net", ti_net()),
+     Row("ti_net-modulated", ti_net("modulated"))),
+    (Comparison("TI-Net beats PeCLR", ("ti_net", SMALL_MM), ("peclr", SMALL_MM),
+                "8.7 % (Tab. 2; other pictures)", 2),
+     Comparison("TI-Net beats SimCLR", ("ti_net", SMALL_MM), ("simclr", SMALL_MM),
+                "17.4 % (Tab. 2, ImageNet)", 2),
+     Comparison("TI-Net learns faster than SimCLR", ("ti_net", "small_area_mm"),
+                ("simclr", "small_area_mm"), "yes (Fig. 5)", 2),
+     Comparison("TI-Net beats scratch", ("ti_net", SMALL_MM), ("scratch", SMALL_MM),
+                "not given", 2),
+     Comparison("the constraints help beside reconstruction", ("ti_net", SMALL_MM),
+                ("reconstruction", SMALL_MM), "not given", 2),
+     Comparison("the same, frozen", ("ti_net", PROBE), ("reconstruction", PROBE), "not given", 1),
+     Comparison("operators that can turn help", ("ti_net-modulated", SMALL_MM),
+                ("ti_net", SMALL_MM), "ours (ti_net.py, 15)", 2)),
+    probe=True, tunings=(SMALL,), budgets=(1.5,), minutes=11)
+
+CLASS, PATCH = "class_mpjpe_mm", "patch_mpjpe_mm"
+HANDMIM = Claim(
+    "handmim", "HandMIM (Tab. 3 and 5)", "handmim",
+    (Row("scratch"), Row("ibot", handmim(objective="ibot")), Row("handmim", handmim()),
+     Row("handmim-no-pose", handmim("no-pose")), Row("handmim-no-patch", handmim("no-patch")),
+     Row("handmim-no-recon", handmim("no-recon"))),
+    (Comparison("HandMIM beats iBOT, tuned with few labels", ("handmim", SMALL_MM),
+                ("ibot", SMALL_MM), "5.9 % PA-JPE (Tab. 3)", 2),
+     Comparison("frozen class token", ("handmim", CLASS), ("ibot", CLASS), "not given", 1),
+     Comparison("frozen patches", ("handmim", PATCH), ("ibot", PATCH), "not given", 1),
+     Comparison("HandMIM beats scratch", ("handmim", SMALL_MM), ("scratch", SMALL_MM),
+                "8.9 % PA-JPE (Tab. 3)", 2),
+     *(Comparison(f"L_{loss} helps", ("handmim", SMALL_MM), (f"handmim-no-{loss}", SMALL_MM),
+                  f"{gain} % PA-JPE (Tab. 5)", 2)
+       for loss, gain in (("pose", 4.4), ("patch", 4.1), ("recon", 2.5)))),
+    probe=True, tunings=(SMALL,), minutes=11)
+
+SINGLE_PA, FUSION_PA = "single_pa_mpjpe_mm", "fusion_pa_mpjpe_mm"
+HAMUCO = Claim(
+    "hamuco", "HaMuCo (Tab. 4 and 3, Fig. 3 b and 4)", "hamuco",
+    (Row("full", hamuco()), Row("single-view", hamuco("--variant", "single-view")),
+     Row("no-dcvi", hamuco("--variant", "no-dcvi")), Row("no-c", hamuco("--variant", "no-c")),
+     Row("no-d", hamuco("--variant", "no-d")),
+     Row("2-views", hamuco("--views", "2")), Row("8-views", hamuco("--views", "8"))),
+    (Comparison("the whole beats single views", ("full", SINGLE_PA),
+                ("single-view", "single_view_pa_mpjpe_mm"), "46.6 % (Tab. 2, ResNet-50)", 2),
+     Comparison("DCVI helps single views", ("full", SINGLE_PA), ("no-dcvi", SINGLE_PA),
+                "24.7 % (Tab. 4)", 2),
+     Comparison("L_c helps single views", ("full", SINGLE_PA), ("no-c", SINGLE_PA),
+                "20.1 % (Tab. 4)", 2),
+     Comparison("L_c helps fusion", ("full", FUSION_PA), ("no-c", FUSION_PA),
+                "31.8 % (Tab. 4)", 2),
+     Comparison("L_d helps single views", ("full", SINGLE_PA), ("no-d", SINGLE_PA),
+                "28.7 % (Tab. 4)", 2),
+     Comparison("interaction beats single views", ("full", "interaction_pa_mpjpe_mm"),
+                ("full", SINGLE_PA), "24.9 % (Tab. 4)", 2),
+     Comparison("in 2D predictions beat the labels learnt from", ("full", "single_2d_px"),
+                ("full", "labels_2d_px"), "yes (Fig. 4)", 5),
+     Comparison("fusion beats RANSAC of the labels", ("full", FUSION_PA),
+                ("full", "ransac_pa_mpjpe_mm"), "45.9 % (Tab. 3)", 2),
+     Comparison("fusion beats DLT of the labels", ("full", FUSION_PA), ("full", "dlt_pa_mpjpe_mm"),
+                "59.8 % (Tab. 3)", 2),
+     Comparison("4 views teach more than 2", ("full", SINGLE_PA), ("2-views", SINGLE_PA),
+                "yes (Fig. 3 b)", 2),
+     Comparison("8 views teach more than 4", ("8-views", SINGLE_PA), ("full", SINGLE_PA),
+                "yes (Fig. 3 b)", 2)),
+    minutes=1)
+
+CORE = (PECLR, TI_NET, HAMUCO, HANDMIM, PECLR_LABELS)
+
+# ---- Further claims, in the order in which time goes to them -------------------------------------
+
+FROZEN_BLOCKS = Claim(
+    "frozen-blocks", "HandMIM, first blocks frozen (Fig. 7)", "handmim",
+    tuple(Row(f"{name}-{n}", weights, ("--freeze-blocks", str(n)))
+          for n in (2, 4) for name, weights in (("scratch", None),
+                                                ("ibot", handmim(objective="ibot")),
+                                                ("handmim", handmim()))),
+    tuple(Comparison(f"HandMIM beats iBOT, {n} of 4 blocks frozen", (f"handmim-{n}", SMALL_MM),
+                     (f"ibot-{n}", SMALL_MM), "yes (Fig. 7)", 2) for n in (2, 4)),
+    tunings=(SMALL,), minutes=10)
+UNLABELLED = Claim(
+    "unlabelled", "PeCLR, amount of unlabelled pictures (Fig. 6)", "peclr",
+    (Row("eighth", Weights("peclr", share=0.125)), Row("whole", PECLR_WEIGHTS)),
+    (Comparison("eight times the pictures help, frozen", ("whole", PROBE), ("eighth", PROBE),
+                "not given", 1),
+     Comparison("tuned with few labels", ("whole", SMALL_MM), ("eighth", SMALL_MM),
+                "yes (Fig. 6, FH against FH + YT3D)", 2)),
+    probe=True, tunings=(SMALL,), minutes=10)
+DOMAINS = Claim(
+    "domains", "HandMIM on another domain (Tab. 4)", "handmim",
+    (Row("scratch"), Row("ibot", handmim(objective="ibot")), Row("handmim", handmim())),
+    (Comparison("HandMIM beats scratch on a domain not tuned on", ("handmim", "small_on_B_mpjpe_mm"),
+                ("scratch", "small_on_B_mpjpe_mm"), "not given", 2),
+     Comparison("HandMIM beats iBOT there", ("handmim", "small_on_B_mpjpe_mm"),
+                ("ibot", "small_on_B_mpjpe_mm"), "27 % against PeCLR (Tab. 4)", 2)),
+    tunings=(SMALL,), tests=("synthetic", "synthetic:B"), minutes=11)
+CALIBRATION = Claim(
+    "calibration", "HaMuCo without known cameras (Tab. 1)", "hamuco",
+    (Row("known", hamuco()), Row("unknown", hamuco("--calibration", "none")),
+     Row("single-view", hamuco("--variant", "single-view"))),
+    (Comparison("known cameras beat unknown ones", ("known", SINGLE_PA), ("unknown", SINGLE_PA),
+                "9.1 % (Tab. 1)", 2),
+     Comparison("unknown cameras still beat single views", ("unknown", SINGLE_PA),
+                ("single-view", "single_view_pa_mpjpe_mm"), "yes (Tab. 1, 2)", 2)), minutes=1)
+ROUNDS = Claim(
+    "rounds", "HaMuCo, iterative training (Sec. 4.6)", "hamuco",
+    (Row("one", hamuco()), Row("three", hamuco("--rounds", "3"))),
+    (Comparison("three rounds beat one", ("three", "fusion_n_mpjpe_mm"),
+                ("one", "fusion_n_mpjpe_mm"), "1.4 % (Sec. 4.6)", 1),), minutes=34)
+DATA_SHARE = Claim(
+    "data-share", "HaMuCo, share of the moments (Fig. 3 a)", "hamuco",
+    (Row("quarter", hamuco(share=0.25)), Row("whole", hamuco())),
+    (Comparison("four times the moments help", ("whole", SINGLE_PA), ("quarter", SINGLE_PA),
+                "yes (Fig. 3 a)", 2),), minutes=1)
+SUPERVISION = Claim(
+    "supervision", "HaMuCo, what is learnt from (Tab. 1 and 3)", "hamuco",
+    (Row("noisy", hamuco()), Row("truth2d", hamuco("--supervision", "truth2d")),
+     Row("truth3d", hamuco("--supervision", "truth3d")),
+     Row("triangulated", hamuco("--supervision", "triangulated"))),
+    (Comparison("true 3D beats noisy 2D", ("truth3d", SINGLE_PA), ("noisy", SINGLE_PA),
+                "39.6 % fused, Opt-Center (Tab. 3)", 2),
+     Comparison("learning from 2D beats triangulated labels", ("noisy", SINGLE_PA),
+                ("triangulated", SINGLE_PA), "24.7 % (Tab. 1, EpipolarPose)", 2)), minutes=1)
+
+FURTHER = (FROZEN_BLOCKS, UNLABELLED, DOMAINS, CALIBRATION, ROUNDS, DATA_SHARE, SUPERVISION)
+
+# ---- Calibration: the fine-tuning's rate on `scratch` alone, on a seed that no claim uses --------
+
+CALIBRATE = tuple(
+    Claim(f"calibrate-{script}", f"the fine-tuning's rate of {script}, on scratch alone", script,
+          tuple(Row(f"scratch-{rate:g}-of-{SHARE:g}", rate=rate) for rate in GRID[script]), (),
+          tunings=(SMALL,), first_seed=100, minutes=9)
+    for script in ("peclr", "ti_net", "handmim")) + (
+    Claim("calibrate-hamuco", "the rate of hamuco, on single views alone", "hamuco",
+          tuple(Row(f"single-view-{rate:g}", hamuco("--variant", "single-view"), rate=rate)
+                for rate in GRID["hamuco"]), (), first_seed=100, minutes=1),)
+
+
+
+def calibration(claim: Claim) -> Claim | None:
+    """The claim that chooses the rate of a claim's rows; None where they need none."""
+    if claim in CALIBRATE or not (claim.tunings or claim.script == "hamuco"):
+        return None
+    return next(one for one in CALIBRATE if one.script == claim.script)
+
+
+CLAIMS = {claim.name: claim for claim in (*CALIBRATE, *CORE, *FURTHER)}
+
+
+def budgets_of(claim: Claim, row: Row, asked: float | None = None) -> tuple[float, ...]:
+    """The budgets of a row; 0 where nothing is pre-trained, so that one result serves them all."""
+    if row.weights is None:
+        return (0,)
+    return (asked,) if asked else row.budgets or claim.budgets
+
+
+def minutes_of(claim: Claim, row: Row, budget: float) -> tuple[float, float]:
+    """Estimated core-minutes of a row and seed: its pre-training, and what comes after."""
+    before = budget * MINUTES[row.weights.script] if row.weights else 0
+    return before, claim.minutes

@@ -1,0 +1,169 @@
+"""The claims' tables: on the screen, as a picture, and between two marks of README.md."""
+from __future__ import annotations
+
+from pathlib import Path
+
+from claims.plan import (
+    CLAIMS, CORE, FURTHER, ROOT, SEEDS, Claim, budgets_of, minutes_of)
+from claims.sitting import RESULTS, lines
+from claims.verdict import Verdict, line_of, verdicts
+
+import numpy as np
+
+BEGIN, END = "<!-- claims -->", "<!-- /claims -->"
+
+
+def needed(claim: Claim, found: list[dict], budget: float | None = None) -> float:
+    """Core-minutes that a claim's rows still need; weights that rows share count once."""
+    total, made = 0.0, set()
+    for row in claim.rows:
+        for b in budgets_of(claim, row, budget):
+            for seed in range(claim.first_seed, claim.first_seed + (1 if claim.first_seed else SEEDS)):
+                if any((line["row"], line["seed"], line["budget"]) == (row.name, seed, b) for line in found):
+                    continue
+                before, after = minutes_of(claim, row, b)
+                total += after + before * ((row.weights, row.rate, b, seed) not in made)
+                made.add((row.weights, row.rate, b, seed))
+    return total
+
+
+def number(x: float, digits: int = 1) -> str:
+    """As a table shows it; a dash where there is none."""
+    return "-" if np.isnan(x) else f"{x:.{digits}f}"
+
+
+def spread(v: Verdict) -> str:
+    """Mean gain over seeds +- their standard deviation, percent."""
+    if not v.gains:
+        return "-"
+    deviation = f" ± {np.std(v.gains, ddof=1):.1f}" if len(v.gains) > 1 else ""
+    return f"{v.gain:+.1f}{deviation}"
+
+
+def between(interval: tuple[float, float]) -> str:
+    """An interval in percent."""
+    return "-" if np.isnan(interval).any() else f"{interval[0]:+.1f} to {interval[1]:+.1f}"
+
+
+def word(v: Verdict) -> str:
+    """The verdict, and of how many seeds there are where some are missing."""
+    return v.word if len(v.seeds) in (0, *range(SEEDS, 99)) else f"{v.word} ({len(v.seeds)} of {SEEDS} seeds)"
+
+
+def table(claim: Claim, results: Path = RESULTS) -> str:
+    """A claim as a markdown table: a line for each comparison and budget, then rows' own numbers."""
+    found = lines(claim, results)
+    out = [f"**{claim.title}**", "",
+           "| claim | budget | mm or px, against | paper's gain | ours, % | over seeds | over hands | verdict |",
+           "|---|---:|---:|---|---:|---:|---:|---|"]
+    for compared in claim.compared:
+        for v in verdicts(claim, compared, found):
+            pair = f"{number(v.better)} / {number(v.than)}" if v.seeds else "-"
+            out.append(f"| {compared.says} | {v.budget:g} | {pair} | {compared.paper} | {spread(v)} | "
+                       f"{between(v.over_seeds)} | {between(v.over_hands)} | {word(v)} |")
+    left = needed(claim, found)
+    command = f"`python tests/reproduce.py claim {claim.name}`"
+    out += ["", provenance(found) if found else ""]
+    if left:
+        out[-1] += f"{' ' * bool(found)}{'Still to run' if found else 'Not run'}: {command}, about " \
+                   f"{left / 60:.1f} core-hours."
+    return "\n".join(out).rstrip()
+
+
+def provenance(found: list[dict]) -> str:
+    """Rows, seconds, machine and dates behind a table."""
+    seconds = sum(sum(line["seconds"].values()) for line in found)
+    machines = sorted({line["machine"] for line in found})
+    dates = sorted({line["date"] for line in found})
+    precision = sorted({name for line in found for name in line["precision"]})
+    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return (f"{len(found)} rows and seeds, {seconds:,} s, {' and '.join(precision) or 'nothing trained'} "
+            f"on {'; '.join(machines)}; {span}.")
+
+
+def rows_table(claim: Claim, results: Path = RESULTS) -> str:
+    """Every row's scores as means over seeds, with their number: for the screen."""
+    found = lines(claim, results)
+    names = list(dict.fromkeys(name for line in found for name in line["scores"]))
+    out = [claim.title]
+    for row in claim.rows:
+        for b in dict.fromkeys(line["budget"] for line in found if line["row"] == row.name):
+            mine = [line_of(found, row, seed, b) for seed in sorted({x["seed"] for x in found})]
+            mine = [line for line in mine if line]
+            cells = [f"{name} {np.mean([x['scores'][name] for x in mine if name in x['scores']]):.1f}"
+                     for name in names if any(name in x["scores"] for x in mine)]
+            out.append(f"{row.name}, budget {b:g}, {len(mine)} seeds: " + ", ".join(cells))
+    return "\n".join(out)
+
+
+# ---- README --------------------------------------------------------------------------------------
+
+
+def readme_block(results: Path = RESULTS) -> str:
+    """What stands between the marks."""
+    parts = [table(claim, results) for claim in CORE]
+    parts += [table(claim, results) for claim in FURTHER if lines(claim, results)]
+    silent = [claim for claim in FURTHER if not lines(claim, results)]
+    if silent:
+        rest = ["| not run | what it is | core-hours |", "|---|---|---:|"]
+        rest += [f"| `claim {claim.name}` | {claim.title} | {needed(claim, []) / 60:.1f} |" for claim in silent]
+        parts.append("\n".join(rest))
+    return "\n\n".join(parts)
+
+
+def with_block(text: str, block: str) -> str:
+    """README's text with a new block between the marks; ValueError where it lacks them."""
+    before, mark, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not mark or not end:
+        raise ValueError(f"README.md: has no {BEGIN} ... {END}")
+    return f"{before}{BEGIN}\n\n{block}\n\n{END}{after}"
+
+
+def write_readme() -> None:
+    """Put the present results into README.md."""
+    file = ROOT / "README.md"
+    file.write_text(with_block(file.read_text(), readme_block()))
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
+
+
+def draw(claim: Claim, out: Path, results: Path = RESULTS) -> list[Path]:
+    """Gains with their intervals, and validation curves where rows were tuned: OUT/NAME-*.png."""
+    from hand.drawing import CURVE_COLOURS, curve, figure
+    found, files = lines(claim, results), []
+    out.mkdir(parents=True, exist_ok=True)
+    judged = [(f"{c.says}, {v.budget:g}", v) for c in claim.compared
+              for v in verdicts(claim, c, found) if v.gains]
+    if judged:
+        files.append(out / f"{claim.name}-gains.png")
+        with figure(files[-1], 7.5, 0.8 + 0.3 * len(judged)) as axes:
+            for k, (_, v) in enumerate(reversed(judged)):
+                axes.plot(v.gains, [k] * len(v.gains), "o", color=CURVE_COLOURS[0], ms=4)
+                axes.plot(v.over_hands, [k, k], color=CURVE_COLOURS[0])
+            axes.axvline(0, color="#888888", lw=1)
+            axes.set_yticks(range(len(judged)), [name for name, _ in reversed(judged)], fontsize=7)
+            axes.set_xlabel("gain in percent: seeds, and 95 % over test hands")
+    for tuning in claim.tunings:
+        name = f"{tuning.name}_curve_mm"
+        series = {}
+        for row in claim.rows:
+            curves = [line["groups"][name] for line in found
+                      if line["row"] == row.name and name in line["groups"]]
+            if curves:
+                series[row.name] = (range(1, 1 + len(curves[0])), np.mean(curves, 0).tolist())
+        if series:
+            files.append(out / f"{claim.name}-{tuning.name}.png")
+            curve(files[-1], series, f"validation MPJPE, {tuning.share:.0%} of the labels", "epoch", "mm")
+    return files
+
+
+def plan_table() -> str:
+    """What each claim costs, in core-hours."""
+    out = ["| claim | rows | budgets | core-hours, 3 seeds |", "|---|---:|---|---:|"]
+    for claim in CLAIMS.values():
+        budgets = sorted({b for row in claim.rows for b in budgets_of(claim, row)} - {0}) or [0]
+        out.append(f"| `{claim.name}` | {len(claim.rows)} | {', '.join(f'{b:g}' for b in budgets)} | "
+                   f"{needed(claim, []) / 60:.1f} |")
+    return "\n".join(out)

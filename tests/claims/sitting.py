@@ -1,0 +1,294 @@
+"""One sitting: rows that are not done yet, one after the other, each a line in NAME.jsonl."""
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from claims.plan import (
+    CNN, ROOT, SEEDS, VIT, Claim, Row, Scale, Weights, budgets_of, calibration, pictures_of,
+    pretrain_words, tune_words)
+
+RESULTS = Path(__file__).parent
+
+
+class Failed(Exception):
+    """A command ended with an error."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row, a seed and a budget: a line of results."""
+
+    claim: Claim
+    row: Row
+    seed: int
+    budget: float
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.claim.name}-{self.row.name}-b{self.budget:g}-s{self.seed}"
+
+
+@dataclass
+class Place:
+    """Where a sitting works: results, runs, rendered hands; how large everything is."""
+
+    results: Path = RESULTS
+    runs: Path = ROOT / "runs" / "claims"
+    cache: Path = ROOT / "cache"
+    scale: Scale = field(default_factory=Scale)
+    execute: Callable[[list[str], Path], None] | None = None       # None: a process of its own
+
+
+# ---- What there is to do -------------------------------------------------------------------------
+
+
+def lines(claim: Claim, results: Path = RESULTS) -> list[dict]:
+    """The results of a claim that are there, in the order in which they were made."""
+    file = results / f"{claim.name}.jsonl"
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines() if line]
+
+
+def tasks(claims: list[Claim], seeds: int, budget: float | None) -> list[Task]:
+    """The most telling first: budget by budget, all rows of a seed of all claims, the next seed."""
+    found = [(k, seed, Task(claim, row, claim.first_seed + seed, b))
+             for claim in claims for seed in range(1 if claim.first_seed else seeds)
+             for row in claim.rows for k, b in enumerate(budgets_of(claim, row, budget))]
+    found.sort(key=lambda one: one[:2])                            # stable: claims as they were named
+    return [task for *_, task in found]
+
+
+def done(task: Task, results: Path) -> bool:
+    """Whether its line is there."""
+    return any((line["row"], line["seed"], line["budget"]) == (task.row.name, task.seed, task.budget)
+               for line in lines(task.claim, results))
+
+
+def rate_of(claim: Claim, results: Path) -> float:
+    """The rate that calibration chose for a claim, 1 where none is needed, 0 where it is not run yet.
+
+    Failed where scratch did not end below the mean pose: then no row can be told from another.
+    """
+    chooser = calibration(claim)
+    if chooser is None:
+        return 1.0
+    found = {line["row"]: line["scores"] for line in lines(chooser, results)}
+    if not {row.name for row in chooser.rows} <= set(found):
+        return 0.0
+    name = "single_view_pa_mpjpe_mm" if claim.script == "hamuco" else "small_val_mm"
+    best = min(chooser.rows, key=lambda row: found[row.name][name])
+    scores = found[best.name]
+    if claim.tunings and scores["small_mpjpe_mm"] > scores["small_mean_pose_mpjpe_mm"]:
+        raise Failed(f"{chooser.name}: scratch ends at {scores['small_mpjpe_mm']:.1f} mm, above the mean "
+                     f"pose's {scores['small_mean_pose_mpjpe_mm']:.1f}; double SHARE in plan.py and say so, "
+                     "with the date, in PLAN.md")
+    return best.rate
+
+
+# ---- Commands ------------------------------------------------------------------------------------
+
+
+def in_a_process(words: list[str], log: Path) -> None:
+    """Run a script with one thread and its words; what it says goes to `log`. Failed where it does."""
+    with open(log, "ab") as file:
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        code = subprocess.call([sys.executable, *words], cwd=ROOT, env=env, stdout=file, stderr=file)
+    if code:
+        raise Failed(f"{' '.join(words)}\n  ended with {code}; its last words, of {log}:\n  "
+                     + "\n  ".join(log.read_text(errors="replace").splitlines()[-5:]))
+
+
+def stage(words: list[str], out: Path, place: Place) -> dict:
+    """Run a command into `out` unless it is done; go on from its checkpoint where it was stopped.
+
+    OUT/done.json then holds the command, its seconds over all sittings, git state and precision.
+    """
+    mark, taken = out / "done.json", out.with_name(out.name + ".seconds")
+    if mark.is_file():
+        return json.loads(mark.read_text())
+    if out.exists() and not any(out.rglob("last.pt")):
+        shutil.rmtree(out)
+        taken.unlink(missing_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    before = float(taken.read_text()) if taken.is_file() else 0.0
+    began = time.monotonic()
+    execute = place.execute or in_a_process
+    try:
+        execute(words + ["--resume"] * out.exists(), out.with_name(out.name + ".log"))
+    finally:
+        seconds = before + time.monotonic() - began
+        taken.write_text(f"{seconds:.1f}")                # a killed sitting's are lost, not a stopped one's
+    config = json.loads(next(out.glob("*/config.json")).read_text())["cfg"]
+    about = {"command": "python " + " ".join(words), "seconds": round(seconds),
+             "precision": config.get("precision", "fp32"), "git": git()}
+    mark.write_text(json.dumps(about) + "\n")
+    taken.unlink()
+    return about
+
+
+def git() -> str:
+    """The commit, and whether files differ from it."""
+    def said(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True,
+                              text=True).stdout.strip()
+    return said("rev-parse", "--short=12", "HEAD") + "+changes" * bool(
+        said("status", "--porcelain", "-uno", "--", "*.py"))
+
+
+def machine() -> str:
+    """What it was run on."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines()
+                 if line.startswith("model name")]
+        name = names[0] if names else name
+    return f"{name}, one thread of {os.cpu_count()}"
+
+
+def slug(weights: Weights, rate: float) -> str:
+    """The name of a pre-training's folder: its script and words."""
+    words = [word.removeprefix("--") for word in weights.words]
+    share = [f"share{weights.share:g}"] if weights.share != 1 else []
+    return "-".join([weights.script, *words, *share, *([f"lr{rate:g}"] if rate else [])])
+
+
+@contextlib.contextmanager
+def alone(name: str, place: Place) -> Iterator[bool]:
+    """Hold the lock of a name while inside; False where another process has it."""
+    folder = place.runs / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / name, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+# ---- A row ---------------------------------------------------------------------------------------
+
+
+def weights_of(task: Task, rate: float, place: Place) -> tuple[Path | None, dict]:
+    """The folder of a row's pre-training, made where it is not there, and what is known of it."""
+    weights = task.row.weights
+    if weights is None:
+        return None, {}
+    rate = rate if weights.script == "hamuco" else 0.0
+    out = place.runs / "weights" / f"{slug(weights, rate)}-b{task.budget:g}-s{task.seed}"
+    words = pretrain_words(weights, task.seed, task.budget, relative(out), relative(place.cache),
+                           place.scale, rate)
+    about = stage(words, out, place)
+    for file in out.rglob("last.pt"):
+        file.unlink()
+    return out, about
+
+
+def relative(path: Path) -> Path:
+    """As written in commands, from the project's folder where it lies below."""
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
+def run(task: Task, place: Place) -> None:
+    """Everything of a row and seed, then its line."""
+    from claims import measure                     # torch takes seconds to load, and --help needs none
+    claim, row, scale = task.claim, task.row, place.scale
+    split = "val" if claim.first_seed else "test"  # rates are not chosen on the test hands
+    rate = row.rate or rate_of(claim, place.results)
+    made, about = weights_of(task, rate, place)
+    stages = {"weights": about} if about else {}
+    init = str(relative(made / "backbone.pt")) if made else "random"
+    outs = {}
+    for tuning in claim.tunings:
+        out = outs[tuning.name] = place.runs / task.name / tuning.name
+        words = tune_words(claim, row, tuning, task.seed, init, relative(out),
+                           relative(place.cache), scale, rate)
+        stages[tuning.name] = stage(words, out, place)
+    began = time.monotonic()
+    parts = [measure.tuned(out, name, claim.tests, split) for name, out in outs.items()]
+    if claim.script == "hamuco":
+        parts.append(measure.collaborated(made, split))
+    if claim.probe:
+        backbone = (VIT if claim.script == "handmim" else CNN)[1]
+        parts.append(measure.probe(claim, backbone, str(made / "backbone.pt") if made else init,
+                                   task.seed, str(place.cache), scale))
+    wanted = {name for c in claim.compared for _, name in (c.better, c.than)}
+    groups = {name: x for part in parts for name, x in part.groups.items()
+              if name in wanted or "curve" in name}
+    seconds = {name: x["seconds"] for name, x in stages.items()}
+    line = {"claim": claim.name, "row": row.name, "seed": task.seed, "budget": task.budget,
+            "date": datetime.date.today().isoformat(), "machine": machine(), "git": git(),
+            "precision": sorted({x["precision"] for x in stages.values()}),
+            "pictures": pictures_of(row.weights, task.budget, scale) if row.weights else 0,
+            "seconds": seconds | {"scoring": round(time.monotonic() - began)},
+            "commands": {name: x["command"] for name, x in stages.items()},
+            "scores": {name: x for part in parts for name, x in part.means.items()},
+            "groups": groups}
+    place.results.mkdir(parents=True, exist_ok=True)
+    with open(place.results / f"{claim.name}.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+    shutil.rmtree(place.runs / task.name, ignore_errors=True)
+
+
+def sit(claims: list[Claim], seeds: int = SEEDS, budget: float | None = None,
+        place: Place | None = None, until: float = math.inf) -> int:
+    """Run what is not done, until a moment of time.monotonic; how many rows failed.
+
+    The rates that rows need are chosen first, by the rows of `calibrate-SCRIPT`. Rows that another sitting works on at the same time, or whose weights it makes, wait for later.
+    """
+    place = place or Place()
+    failed: set[Task] = set()
+    choosers = [calibration(claim) for claim in claims]
+    every = tasks([*dict.fromkeys(one for one in choosers if one), *claims], seeds, budget)
+    while time.monotonic() < until:
+        moved = busy = False
+        for task in every:
+            if task in failed or done(task, place.results):
+                continue
+            try:
+                if not rate_of(task.claim, place.results):
+                    continue
+            except Failed as error:
+                print(error, flush=True)
+                failed.update(other for other in every if other.claim is task.claim)
+                continue
+            name = task.name
+            if task.row.weights:                           # rows of several claims share weights
+                name = f"{slug(task.row.weights, task.row.rate)}-b{task.budget:g}-s{task.seed}"
+            with alone(name, place) as mine:
+                if not mine:
+                    busy = True
+                    continue
+                if done(task, place.results):
+                    continue
+                left = sum(not done(other, place.results) for other in every)
+                print(f"{datetime.datetime.now():%H:%M} {task.name}; {left} of {len(every)} to do",
+                      flush=True)
+                try:
+                    run(task, place)
+                except Failed as error:
+                    print(error, flush=True)
+                    failed.add(task)
+                moved = True
+                break                                      # the first of the list again
+        if not moved and not busy:
+            break
+        if not moved:
+            time.sleep(20)
+    return len(failed)

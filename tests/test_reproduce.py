@@ -1,0 +1,327 @@
+"""tests/reproduce.py: every planned command is accepted, a tiny claim runs, verdicts, README agrees."""
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import hamuco
+import handmim
+import peclr
+import ti_net
+from claims import measure, show, sitting, verdict
+from claims.plan import (
+    BATCH, CLAIMS, PECLR, ROOT, TI_NET, Claim, Comparison, Row, Scale, Tuning,
+    Weights, budgets_of, calibration, epochs_of, momentum, pictures_of, pretrain_words, tune_words)
+from common import parse, settle, share
+
+SCRIPTS = {"ti_net.py": ti_net, "handmim.py": handmim, "peclr.py": peclr, "hamuco.py": hamuco}
+
+
+def accepted(words):
+    """The Config that a command line gives, as far as the script checks before it reads any data."""
+    script = SCRIPTS[words[0]]
+    given = parse(script.Config, words[1:], script.__doc__, script.QUICK, script.VARIANTS)
+    stage = "finetune" if given.get("finetune") else "pretrain"
+    if script is hamuco:
+        cfg = hamuco.stage_config(given)
+    elif script is peclr and stage == "finetune":
+        cfg = peclr.finetune_config(given)
+    elif script is handmim:
+        cfg = handmim.configure(given, stage)
+    else:
+        cfg = settle(script.Config, given, stage, script.QUICK)
+    if script is handmim and stage == "pretrain":
+        handmim.check_pretraining(cfg)
+    assert not (given.get("data") and given.get("finetune"))
+    share(cfg.batch_size, cfg.micro_batch)
+    return cfg
+
+
+# ---- The plan ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
+def test_the_scripts_accept_every_planned_command(claim):
+    scale = Scale()
+    for row in claim.rows:
+        for budget in budgets_of(claim, row):
+            if row.weights:
+                cfg = accepted(pretrain_words(row.weights, 2, budget, "out", "cache", scale, 1e-3))
+                assert cfg.epochs == epochs_of(row.weights, budget, scale) and cfg.seed == 2
+                assert cfg.data == ("synthetic",) and cfg.out == "out" and cfg.cache == "cache"
+                assert pictures_of(row.weights, budget, scale) == budget * 131_072
+        for tuning in claim.tunings:
+            cfg = accepted(tune_words(claim, row, tuning, 2, "file.pt", "out", "cache", scale, 1e-3))
+            assert cfg.init == "file.pt" and cfg.row == row.name and cfg.label_fraction == tuning.share
+            assert abs(cfg.epochs * tuning.share * 16_384 - 81_920) < 820
+
+
+def test_the_batch_that_pictures_are_counted_by_is_the_commands():
+    for script, batch in BATCH.items():
+        assert accepted(pretrain_words(Weights(script), 0, 1, "out", "cache", Scale())).batch_size == batch
+
+
+@pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
+def test_comparisons_name_rows_of_their_claim_that_share_a_budget(claim):
+    rows = {row.name: row for row in claim.rows}
+    assert len(rows) == len(claim.rows)
+    for compared in claim.compared:
+        assert {compared.better[0], compared.than[0]} <= set(rows)
+        assert all(v.word == "not run" for v in verdict.verdicts(claim, compared, []))
+        assert verdict.verdicts(claim, compared, [])
+
+
+def test_rows_of_a_claim_are_tuned_alike():
+    """The commands of a claim's fine-tunings differ in first weights, row and what the row is about."""
+    about = {"--freeze-blocks"}
+    for claim in CLAIMS.values():
+        if claim.name.startswith("calibrate"):
+            continue
+        for tuning in claim.tunings:
+            seen = set()
+            for row in claim.rows:
+                words = tune_words(claim, row, tuning, 0, "X", "out", "cache", Scale(), 1e-3)
+                words[words.index("--row") + 1] = "ROW"
+                assert not row.words or row.words[0] in about
+                seen.add(" ".join(words[:len(words) - len(row.words)]))
+            assert len(seen) == 1
+
+
+def test_the_teachers_momentum_leaves_a_hundredth_of_its_start():
+    # it rises to 1 by a cosine, so of the start exp(-sum of 1 - m) = exp(-(1 - m) steps / 2) is left
+    for steps in (200, 1024, 2000):
+        assert np.exp(-(1 - momentum(steps)) * steps / 2) == pytest.approx(0.01, rel=0.25)
+    assert momentum(100_000) == 0.996                            # iBOT's own, which leaves less
+
+
+def calibrated(tmp_path, errors, mean_pose=100.0):
+    """A folder with the lines of calibrate-ti_net: the errors of its rates in order."""
+    rows = calibration(TI_NET).rows
+    scores = [{"small_val_mm": e, "small_mpjpe_mm": e, "small_mean_pose_mpjpe_mm": mean_pose} for e in errors]
+    (tmp_path / "calibrate-ti_net.jsonl").write_text("".join(
+        json.dumps({"row": row.name, "seed": 100, "budget": 0, "scores": s}) + "\n" for row, s in zip(rows, scores)))
+    return tmp_path
+
+
+def test_the_rate_is_the_one_that_was_best_for_scratch(tmp_path):
+    assert sitting.rate_of(TI_NET, tmp_path) == 0 and sitting.rate_of(PECLR, tmp_path) == 1
+    assert sitting.rate_of(TI_NET, calibrated(tmp_path, [90, 80])) == 0               # not all are run
+    assert sitting.rate_of(TI_NET, calibrated(tmp_path, [90, 80, 85])) == 1.5e-3
+    assert sitting.rate_of(TI_NET, calibrated(tmp_path, [79, 80, 85])) == 5e-4
+
+
+def test_scratch_above_the_mean_pose_stops_a_claim(tmp_path):
+    with pytest.raises(sitting.Failed, match="double SHARE"):
+        sitting.rate_of(TI_NET, calibrated(tmp_path, [120, 110, 130]))
+
+
+# ---- Order, locks, going on ----------------------------------------------------------------------
+
+
+def test_a_whole_seed_comes_before_the_next_one_and_a_budget_before_a_larger():
+    todo = sitting.tasks([PECLR, TI_NET], 2, None)
+    assert [(t.seed, t.budget) for t in todo if t.row.name == "peclr" and t.claim is PECLR] == [
+        (0, 1), (1, 1), (0, 4), (1, 4)]
+    first = [t for t in todo if t.budget in (0, 1, 1.5)]
+    assert todo[:len(first)] == first and [t.seed for t in first] == sorted(t.seed for t in first)
+    assert len(todo) == len(set(todo)) == 2 * (8 + 3 + 6)
+
+
+def test_a_stopped_stage_goes_on_and_a_finished_one_is_not_run_again(tmp_path):
+    calls = []
+
+    def execute(words, log):
+        calls.append(words)
+        out = tmp_path / "out" / "pretrain-x"
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text('{"cfg": {"precision": "bf16"}}')
+        if len(calls) == 1:
+            raise sitting.Failed("killed before a checkpoint")
+        (out / "last.pt").touch()
+        if len(calls) == 2:
+            raise sitting.Failed("killed after one")
+
+    place = sitting.Place(tmp_path, tmp_path, tmp_path, execute=execute)
+    for _ in range(2):
+        with pytest.raises(sitting.Failed):
+            sitting.stage(["x.py"], tmp_path / "out", place)
+    (tmp_path / "out.seconds").write_text("100")
+    about = sitting.stage(["x.py"], tmp_path / "out", place)
+    assert about["seconds"] == 100 and about["precision"] == "bf16" and about["command"] == "python x.py"
+    assert sitting.stage(["x.py"], tmp_path / "out", place) == about
+    assert calls == [["x.py"], ["x.py"], ["x.py", "--resume"]]
+
+
+def test_a_lock_that_another_holds_is_not_taken(tmp_path):
+    place = sitting.Place(runs=tmp_path)
+    with sitting.alone("a", place) as first, sitting.alone("a", place) as second, \
+            sitting.alone("b", place) as other:
+        assert first and not second and other
+    with sitting.alone("a", place) as again:
+        assert again
+
+
+# ---- One tiny claim, through the tool ------------------------------------------------------------
+
+TINY = Scale(unit=32, pictures=16, tuned=16, side=32, probed=16)
+TOY = Claim("toy", "a toy", "peclr",
+            (Row("scratch"), Row("simclr", Weights("peclr", ("--objective", "simclr")))),
+            (Comparison("better", ("simclr", "probe_mpjpe_mm"), ("scratch", "probe_mpjpe_mm"), "no", 1),
+             Comparison("tuned", ("simclr", "small_mpjpe_mm"), ("scratch", "small_mpjpe_mm"), "no", 1)),
+            probe=True, tunings=(Tuning("small", 0.5),))
+
+
+def test_a_tiny_claim_runs_goes_on_and_ends_in_a_table(here, monkeypatch):
+    calls = []
+
+    def execute(words, log):
+        calls.append(words)
+        SCRIPTS[words[0]].main(words[1:])
+
+    monkeypatch.setattr(sitting, "rate_of", lambda claim, results: 1e-3)
+    monkeypatch.setattr(sitting, "calibration", lambda claim: None)
+    place = sitting.Place(here / "results", here / "runs", here / "cache", TINY, execute)
+    assert sitting.sit([TOY], seeds=1, place=place) == 0
+    found = sitting.lines(TOY, place.results)
+    assert [line["row"] for line in found] == ["scratch", "simclr"] and len(calls) == 3
+    for line in found:
+        assert {"small_mpjpe_mm", "small_pa_mpjpe_mm", "small_area_mm", "small_val_mm", "probe_mpjpe_mm",
+                "probe_2d_px", "probe_dimensions"} <= set(line["scores"])
+        assert 10 < line["scores"]["probe_mpjpe_mm"] < 300 and len(line["groups"]["small_mpjpe_mm"]) == 24
+        assert np.mean(line["groups"]["small_mpjpe_mm"]) == pytest.approx(line["scores"]["small_mpjpe_mm"], abs=0.01)
+        assert set(line["commands"]) == {"small"} | ({"weights"} if line["row"] == "simclr" else set())
+    assert [line["pictures"] for line in found] == [0, 32]
+    assert found[0]["scores"]["probe_mpjpe_mm"] != found[1]["scores"]["probe_mpjpe_mm"]
+    assert not list((here / "runs").rglob("last.pt")) and not list((here / "runs").rglob("best.pt"))
+    assert sitting.sit([TOY], seeds=1, place=place) == 0 and len(calls) == 3          # nothing left to do
+    text = show.table(TOY, place.results)
+    assert "not run (1 of 3 seeds)" in text and "2 rows and seeds" in text and "Still to run" in text
+    files = show.draw(TOY, here / "pictures", place.results)
+    assert [file.name for file in files] == ["toy-gains.png", "toy-small.png"]
+
+
+# ---- Scores --------------------------------------------------------------------------------------
+
+
+def test_ridge_is_the_closed_form_with_the_weight_that_is_best_on_val():
+    """Against a solve of the normal equations for every weight, and a brute choice on val."""
+    g = torch.Generator().manual_seed(0)
+    W = torch.randn(5, 6, generator=g, dtype=torch.float64)
+    X = {s: 3 + 2 * torch.randn(n, 5, generator=g, dtype=torch.float64) for s, n in (("train", 12), ("val", 40), ("test", 30))}
+    Y = {s: x @ W + 4 * torch.randn(len(x), 6, generator=g, dtype=torch.float64) for s, x in X.items()}
+    Z = {s: (x - X["train"].mean(0)) / X["train"].std(0) for s, x in X.items()}
+    best = None
+    for weight in measure.RIDGES:
+        A = Z["train"].T @ Z["train"] / 12 + weight * torch.eye(5, dtype=torch.float64)
+        B = torch.linalg.solve(A, Z["train"].T @ (Y["train"] - Y["train"].mean(0)) / 12)
+        err = {s: (Z[s] @ B + Y["train"].mean(0) - Y[s]).view(-1, 2, 3).norm(dim=-1).mean(1) for s in ("val", "test")}
+        if best is None or err["val"].mean() < best[0]:
+            best = (err["val"].mean(), err["test"])
+    assert torch.allclose(measure.ridge(X, Y, 3), best[1], rtol=1e-8)
+
+
+def test_dimensions_are_the_axes_that_vary():
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(20_000, 10, generator=g, dtype=torch.float64) + 5
+    assert measure.dimensions(X) == pytest.approx(10, rel=0.02)
+    X[:, 3:] = 7
+    assert measure.dimensions(X) == pytest.approx(3, rel=0.02)
+
+
+def test_scores_keep_means_of_neighbouring_hands():
+    scores = measure.Scores({}, {})
+    scores.add("x", torch.arange(400.0))
+    assert scores.means["x"] == 199.5 and scores.groups["x"][:2] == [1.5, 5.5] and len(scores.groups["x"]) == 100
+
+
+def test_a_metric_of_every_sample_is_its_mean_over_views():
+    sums = torch.tensor([[[3.0, 2, 0]], [[5.0, 1, 0]], [[0.0, 0, 0]]])
+    row = SimpleNamespace(tallies={"ours": SimpleNamespace(sums={"x": sums})})
+    assert measure.by_hand(row, "x").nan_to_num(-1).tolist() == [1.5, 5.0, -1.0]
+
+
+# ---- Verdicts ------------------------------------------------------------------------------------
+
+
+def result(row, seed, value, budget=1.0, spread=0.0):
+    groups = [value + spread * (-1) ** k for k in range(100)]
+    return {"row": row, "seed": seed, "budget": budget, "scores": {"x": value}, "groups": {"x": groups},
+            "seconds": {"weights": 60}, "machine": "M", "date": "2026-11-22", "precision": ["bf16"]}
+
+
+WEIGHTS = Weights("peclr")
+TWO = Claim("two", "two rows", "peclr", (Row("base"), Row("ours", WEIGHTS)),
+            (Comparison("ours is better", ("ours", "x"), ("base", "x"), "10 %", 2),))
+
+
+def verdict_of(ours, base=(100, 100, 100)):
+    found = [result("base", k, b, 0) for k, b in enumerate(base)]
+    found += [result("ours", k, v) for k, v in enumerate(ours)]
+    (v,) = verdict.verdicts(TWO, TWO.compared[0], found)
+    return v
+
+
+def test_gains_and_their_interval_over_seeds():
+    v = verdict_of((90, 91, 92))
+    assert v.gain == pytest.approx(9) and v.word == "shown"
+    # t of 2 degrees of freedom, 4.3027, x standard deviation 1 / sqrt 3
+    assert v.over_seeds == pytest.approx((9 - 2.4841, 9 + 2.4841), abs=1e-3)
+    assert v.over_hands == pytest.approx((9, 9))                                    # all hands alike
+
+
+@pytest.mark.parametrize("ours,word", [
+    ((90, 91, 92), "shown"),
+    ((99.1, 99.0, 99.2), "not shown"),                      # a gain, but surely smaller than what counts
+    ((110, 111, 112), "not shown: the other way"),
+    ((80, 100, 95), "undecided"),
+    ((90, 91), "not run"),
+    ((), "not run")])
+def test_verdicts_follow_the_plans_rule(ours, word):
+    assert verdict_of(ours).word == word
+
+
+def test_a_gain_of_few_hands_is_not_shown():
+    found = [result("base", k, 100, 0, spread=0) for k in range(3)] + [result("ours", k, 90 + k) for k in range(3)]
+    for line in found[3:]:
+        line["groups"]["x"] = [100.0] * 99 + [-800.0]          # one group makes the whole gain
+    (v,) = verdict.verdicts(TWO, TWO.compared[0], found)
+    assert v.over_hands[0] <= 0 and v.word == "undecided"
+
+
+def test_hands_are_drawn_alike_in_both_rows():
+    """Paired: hands that are hard for both rows do not widen the interval."""
+    hard = np.linspace(10, 200, 100)
+    low, high = verdict.over_hands([((0.9 * hard).tolist(), hard.tolist())])
+    assert low == pytest.approx(10) and high == pytest.approx(10)
+
+
+def test_a_row_without_pre_training_serves_all_budgets():
+    found = [result("base", 0, 100, 0), result("ours", 0, 90, 1), result("ours", 0, 80, 4)]
+    assert [(v.budget, v.gain) for v in verdict.verdicts(TWO, TWO.compared[0], found)] == [
+        (1, pytest.approx(10)), (4, pytest.approx(20))]
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+
+def test_a_table_says_what_was_found_and_what_is_missing(tmp_path):
+    file = tmp_path / "two.jsonl"
+    found = [result("base", k, 100, 0) for k in range(3)] + [result("ours", k, 90 + k) for k in range(2)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in found))
+    text = show.table(TWO, tmp_path)
+    assert "| ours is better | 1 | 90.5 / 100.0 | 10 % | +9.5 ± 0.7 |" in text and "not run (2 of 3 seeds)" in text
+    assert "5 rows and seeds, 300 s, bf16 on M; 2026-11-22." in text and "Still to run: `python tests/reproduce.py claim two`" in text
+
+
+def test_readme_agrees_with_the_result_files():
+    text = (ROOT / "README.md").read_text()
+    assert show.with_block(text, show.readme_block()) == text, "run python tests/reproduce.py readme"
+
+
+def test_only_what_stands_between_the_marks_is_replaced():
+    text = f"above\n{show.BEGIN}\n\nold\n\n{show.END}\nbelow"
+    assert show.with_block(text, "new") == f"above\n{show.BEGIN}\n\nnew\n\n{show.END}\nbelow"
+    with pytest.raises(ValueError, match="has no"):
+        show.with_block("no marks", "new")
