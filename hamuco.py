@@ -71,7 +71,7 @@ from typing import Any, NamedTuple
 
 # common before torch: it settles how threads wait
 from common import (
-    MIDDLE_MCP, N_JOINTS, N_VERTS, Flags, Mano, Run, UserError, accumulate, arg, autocast,
+    MIDDLE_MCP, N_JOINTS, N_VERTS, Flags, Mano, UserError, accumulate, arg, autocast,
     axis_angle_to_matrix, barrier, batch_statistics, bits, build_backbone, cpu_state, crop,
     decay_groups, denormalise, epe, guarded, invert, load_backbone, load_checkpoint,
     matrix_to_axis_angle, normalise, parallel, parse, permutation, project, rank, rotate_z,
@@ -83,6 +83,7 @@ from sources import Rig, Rows, Source, batches, data_name, hand_for, open_data, 
 from sources.judging import LIMITS, Exam, Row, assess, predictions, shares_within
 from sources.loader import gather
 from sources.predictors import Predictor, outputs
+from sources.progress import Run
 from sources.sheets import best_median_worst, draw_rows
 from sources.recipes import stored_config
 from sources.runs import open_out, recall, remember

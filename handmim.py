@@ -95,15 +95,15 @@ from typing import Any, NamedTuple
 
 # common before torch: it settles how threads wait
 from common import (
-    BACKBONES, N_JOINTS, N_VERTS, Flags, Run, UserError, accumulate, arg, autocast,
-    axis_angle_to_matrix, barrier, blur, build_backbone, cpu_state, crop, decay_groups, denormalise,
-    flip, guarded, invert, jitter_colour, load_backbone, matrix_to_six_d, normal, normalise,
-    parallel, rank, rotate_z, rotation, save_checkpoint, say, settle,
-    six_d_to_matrix, solarise, steps_per_epoch, to_grey, transform, uniform, unwrapped,
-    view_intrinsics, warp, world)
+    BACKBONES, N_JOINTS, N_VERTS, Flags, UserError, accumulate, arg, autocast, axis_angle_to_matrix,
+    barrier, blur, build_backbone, cpu_state, crop, decay_groups, denormalise, flip, guarded,
+    invert, jitter_colour, load_backbone, matrix_to_six_d, normal, normalise, parallel, rank,
+    rotate_z, rotation, save_checkpoint, say, settle, six_d_to_matrix, solarise, steps_per_epoch,
+    to_grey, transform, uniform, unwrapped, view_intrinsics, warp, world)
 from hand.drawing import draw_skeleton, sheet
 from sources import Source, batches, hand_for, open_data, training_steps
 from sources.photos import cut_photos
+from sources.progress import Run
 from sources.recipes import row_name
 from sources.stages import keep_best, launch, mean_hand, probe_error, report
 

@@ -77,13 +77,14 @@ from typing import Any, NamedTuple
 
 # common before torch: it settles how threads wait
 from common import (
-    BACKBONES, N_JOINTS, Flags, Run, UserError, ViT, accumulate, arg, autocast, batch_statistics,
+    BACKBONES, N_JOINTS, Flags, UserError, ViT, accumulate, arg, autocast, batch_statistics,
     barrier, blur, build_backbone, cpu_state, crop, decay_groups, denormalise, guarded, hsv_to_rgb,
     invert, load_backbone, load_checkpoint, normal, normalise, parallel, permutation, project, rank,
-    rgb_to_hsv, rotation, save_checkpoint, say, settle, steps_per_epoch, to_grey,
-    transform, translation, uniform, view_intrinsics, warp, world)
+    rgb_to_hsv, rotation, save_checkpoint, say, settle, steps_per_epoch, to_grey, transform,
+    translation, uniform, view_intrinsics, warp, world)
 from hand.drawing import draw_skeleton, label, picture, sheet
 from sources import Source, batches, open_data, training_steps
+from sources.progress import Run
 from sources.recipes import row_name
 from sources.stages import keep_best, launch, mean_hand, report
 

@@ -73,12 +73,13 @@ from typing import Any, NamedTuple
 
 # common before torch: it settles how threads wait
 from common import (
-    BACKBONES, Flags, Run, UserError, accumulate, arg, autocast, axis_angle_to_matrix, barrier,
+    BACKBONES, Flags, UserError, accumulate, arg, autocast, axis_angle_to_matrix, barrier,
     batch_statistics, build_backbone, cpu_state, crop, decay_groups, denormalise, flip, guarded,
     invert, load_backbone, normalise, parallel, rank, rotation, save_checkpoint, say, settle,
     steps_per_epoch, transform, translation, uniform, unwrapped, warp)
 from hand.drawing import draw_skeleton, sheet
 from sources import Source, batches, hand_for, open_data, training_steps
+from sources.progress import Run
 from sources.recipes import row_name
 from sources.stages import keep_best, launch, mean_hand, probe_error, report
 

@@ -9,14 +9,15 @@ from typing import Any
 
 # common before torch: it settles how threads wait
 from common import (
-    N_JOINTS, Run, UserError, axis_angle_to_matrix, cpu_state, load_checkpoint,
-    matrix_to_axis_angle, parse, rank, save_checkpoint, say, score, settle, share, start, summarise)
+    N_JOINTS, UserError, axis_angle_to_matrix, cpu_state, load_checkpoint, matrix_to_axis_angle,
+    parse, rank, save_checkpoint, say, score, settle, share, start, summarise)
 from hand import hand_mark
 from hand.drawing import curve
 from sources import Source, Targets, batches, data_name, hand_for, open_data, scored_split
 from sources.judging import Exam, Row, assess, predictions
 from sources.loader import gather
 from sources.predictors import Net
+from sources.progress import Run
 from sources.recipes import origin, stored_config
 from sources.runs import open_out, recall, remember
 from sources.sheets import best_median_worst, draw_rows

@@ -267,6 +267,8 @@ def test_recompute_reaches_the_back_bone_of_every_network(script, network, monke
                                  if script is handmim else
                                  script.Config(backbone=name, image_size=64, recompute=recompute))
     assert asked == [(False,), (True,)]
+
+
 def test_weights_of_a_deeper_network_are_refused_and_its_classifier_is_not(tmp_path):
     deep = build_backbone("resnet18", 32).state_dict()
     torch.save(deep, tmp_path / "deep.pt")

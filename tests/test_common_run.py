@@ -19,8 +19,8 @@ import hamuco
 import handmim
 import peclr
 import ti_net
-from common import (
-    Log, UserError, load_checkpoint, parse, save_checkpoint, settle, share)
+from common import UserError, load_checkpoint, parse, save_checkpoint, settle, share
+from sources.progress import Log, Run
 
 ROOT = Path(__file__).parent.parent
 FIRST = ["--data", "synthetic:calm", "--decoder-width", "4", "--probe-every", "0"]       # flags of pre-training
@@ -245,7 +245,7 @@ def test_a_resumed_run_goes_on_from_its_checkpoint_and_cuts_its_log(tmp_path):
     def begin():
         torch.manual_seed(0)
         model = torch.nn.Linear(2, 2)
-        return common.Run(tmp_path, "ti_net", ti_net.Config(), model,
+        return Run(tmp_path, "ti_net", ti_net.Config(), model,
                           torch.optim.AdamW(model.parameters()), total=20), model
 
     run, model = begin()
@@ -266,7 +266,7 @@ def test_a_resumed_run_has_its_optimiser_back(tmp_path):
         torch.manual_seed(0)
         model = torch.nn.Linear(2, 2)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-        return common.Run(tmp_path, "ti_net", ti_net.Config(), model, optimizer, total=20), model, optimizer
+        return Run(tmp_path, "ti_net", ti_net.Config(), model, optimizer, total=20), model, optimizer
 
     def step(run, model, optimizer, k):
         model.zero_grad()
@@ -287,7 +287,7 @@ def test_a_resumed_run_has_its_optimiser_back(tmp_path):
 
 def test_a_run_cannot_go_on_in_another_precision_also_where_its_file_does_not_say_which(tmp_path):
     model = torch.nn.Linear(2, 2)
-    begin = lambda **more: common.Run(tmp_path, "ti_net", ti_net.Config(**more), model, torch.optim.AdamW(model.parameters()), 20)
+    begin = lambda **more: Run(tmp_path, "ti_net", ti_net.Config(**more), model, torch.optim.AdamW(model.parameters()), 20)
     begin(precision="bf16").save()
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["precision"] == "bf16"
     assert json.loads((tmp_path / "config.json").read_text())["cfg"]["precision"] == "bf16"
@@ -303,7 +303,7 @@ def test_a_run_cannot_go_on_in_another_precision_also_where_its_file_does_not_sa
 
 def test_a_run_cannot_go_on_with_another_batch_size(tmp_path):
     model = torch.nn.Linear(2, 2)
-    begin = lambda **more: common.Run(tmp_path, "ti_net", ti_net.Config(**more), model, torch.optim.AdamW(model.parameters()), 20)
+    begin = lambda **more: Run(tmp_path, "ti_net", ti_net.Config(**more), model, torch.optim.AdamW(model.parameters()), 20)
     begin(batch_size=68).save()
     with pytest.raises(UserError, match="was written with batch_size 68, not 34; a resumed run cannot change it"):
         begin(batch_size=34)
@@ -311,7 +311,7 @@ def test_a_run_cannot_go_on_with_another_batch_size(tmp_path):
 
 def test_a_lost_loss_stops_the_run_in_a_sentence(tmp_path):
     model = torch.nn.Linear(2, 2)
-    run = common.Run(tmp_path, "ti_net", ti_net.Config(), model, torch.optim.AdamW(model.parameters()), 20)
+    run = Run(tmp_path, "ti_net", ti_net.Config(), model, torch.optim.AdamW(model.parameters()), 20)
     with pytest.raises(UserError, match="the loss is not finite any more at step 1; a lower --lr may help"):
         run.advance({"loss": torch.tensor(float("nan"))}, 0, 0.1, may_save=False)
 

@@ -1028,7 +1028,7 @@ def few_tests(monkeypatch):
 
 def test_cli_smoke_then_resume_equals_straight_run(tmp_path, few_tests, monkeypatch):
     straight = run(tmp_path / "a")
-    save, saves = common.Run.save, []
+    save, saves = hamuco.Run.save, []
 
     def stop_after_one(self):
         save(self)
@@ -1036,7 +1036,7 @@ def test_cli_smoke_then_resume_equals_straight_run(tmp_path, few_tests, monkeypa
         if len(saves) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(common.Run, "save", stop_after_one)
+    monkeypatch.setattr(hamuco.Run, "save", stop_after_one)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b")
     again = run(tmp_path / "b", "--resume")

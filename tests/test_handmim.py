@@ -1050,7 +1050,7 @@ def test_cli_smoke_then_resume_equals_straight_run(tmp_path, monkeypatch):
     """Stopped after its third step of four and resumed, a run ends bit-equal, teacher and centres too."""
     monkeypatch.chdir(tmp_path)
     handmim.main([*PRE, "--out", "straight"])
-    advance, count = common.Run.advance, []
+    advance, count = handmim.Run.advance, []
 
     def stop(run, *more, **named):
         advance(run, *more, **named)
@@ -1059,7 +1059,7 @@ def test_cli_smoke_then_resume_equals_straight_run(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "advance", stop)
+        patch.setattr(handmim.Run, "advance", stop)
         with pytest.raises(KeyboardInterrupt):
             handmim.main([*PRE, "--out", "stopped", "--save-minutes", "1e-9"])
     handmim.main(["--out", "stopped", "--resume"])

@@ -364,7 +364,7 @@ def watch(monkeypatch, step_name, stop):
     Gradients cross processes at the last micro-batch of a step: `accumulate` is told which that is.
     """
     modes, after, rates, logged, lasts = [], [], [], [], []
-    step, advance = getattr(handmim, step_name), common.Run.advance
+    step, advance = getattr(handmim, step_name), handmim.Run.advance
     monkeypatch.setattr(handmim, "accumulate", lambda net, last: lasts.append(last) or contextlib.nullcontext())
 
     def seen(net, *more):
@@ -386,7 +386,7 @@ def watch(monkeypatch, step_name, stop):
 
     monkeypatch.setattr(handmim, "parallel", lambda model, device, compile: Around(model))
     monkeypatch.setattr(handmim, step_name, seen)
-    monkeypatch.setattr(common.Run, "advance", noted)
+    monkeypatch.setattr(handmim.Run, "advance", noted)
     return modes, after, rates, logged
 
 
