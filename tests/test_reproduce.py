@@ -1,5 +1,6 @@
 """tests/reproduce.py: every planned command is accepted, a tiny claim runs, verdicts, README agrees."""
 import json
+import shlex
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,11 +11,13 @@ import hamuco
 import handmim
 import peclr
 import ti_net
-from claims import measure, show, sitting, verdict
+from claims import measure, papers, show, sitting, verdict
 from claims.plan import (
     BATCH, CLAIMS, PECLR, ROOT, TI_NET, Claim, Comparison, Row, Scale, Tuning,
     Weights, budgets_of, calibration, epochs_of, momentum, pictures_of, pretrain_words, tune_words)
 from common import parse, settle, share
+from sources import parse_data
+from sources.protocols import PROTOCOLS
 
 SCRIPTS = {"ti_net.py": ti_net, "handmim.py": handmim, "peclr.py": peclr, "hamuco.py": hamuco}
 
@@ -325,3 +328,51 @@ def test_only_what_stands_between_the_marks_is_replaced():
     assert show.with_block(text, "new") == f"above\n{show.BEGIN}\n\nnew\n\n{show.END}\nbelow"
     with pytest.raises(ValueError, match="has no"):
         show.with_block("no marks", "new")
+
+
+# ---- The papers' tables --------------------------------------------------------------------------
+
+
+def judged(words, monkeypatch):
+    """What eval.py was asked for, as far as it checks before it opens any run."""
+    import eval as judge
+    seen = []
+    monkeypatch.setattr(judge, "start", lambda device: None)
+    for name in ("judge", "own_pictures", "inspect"):
+        monkeypatch.setattr(judge, name, lambda args, flags, device: seen.append(args))
+    monkeypatch.setattr(judge, "draw_curve", seen.append)
+    judge.main(words)
+    (args,) = seen
+    return args
+
+
+@pytest.mark.parametrize("entry", [e for e in papers.ENTRIES if any(row.commands for row in e.rows)],
+                         ids=lambda e: f"{e.paper} {e.item}")
+def test_every_command_of_the_papers_tables_is_accepted(entry, monkeypatch):
+    for row in entry.rows:
+        assert bool(row.commands) != bool(row.why)
+        for command in row.commands:
+            words = shlex.split(command)
+            if words[0] == "eval.py":
+                args = judged(words[1:], monkeypatch)
+                specs = [args.data] if args.data else []
+                assert set(args.protocol) <= {"ours", *PROTOCOLS.get(args.data.partition("=")[0], ())}
+            else:
+                cfg = accepted(words)
+                specs = [cfg.finetune] if cfg.finetune else cfg.data
+            assert all(parse_data(spec)[2].startswith("DIR") for spec in specs)
+
+
+def test_no_table_or_figure_is_missing():
+    """What the papers number in their main text."""
+    items = {"TI-Net": (4, 5), "PeCLR": (3, 6), "HandMIM": (5, 7), "HaMuCo": (4, 6)}
+    for paper, (tables, figures) in items.items():
+        listed = {e.item.removesuffix(" a").removesuffix(" b") for e in papers.ENTRIES if e.paper == paper}
+        wanted = {f"Table {k + 1}" for k in range(tables)} | {f"Figure {k + 1}" for k in range(figures)}
+        assert wanted <= listed and listed - wanted <= {"Algorithm 1", "Section 4.6"}
+
+
+def test_the_listing_names_every_row_once():
+    text = papers.listing()
+    assert text.count("\n    python ") == sum(len(row.commands) for e in papers.ENTRIES for row in e.rows)
+    assert "HandMIM, Table 5: losses removed\n  all:\n    python handmim.py" in text
