@@ -79,11 +79,11 @@ from sources.exports import (
     Fused, bone_lengths, described, draw_moment, draw_photo, flat_name, obj_text, of_moment)
 from sources.index import PICTURES, Index, tight_box
 from sources.interhand import INTERHAND_TO_OURS
-from sources.loader import to_device
 from sources.judging import LIMITS, Exam, Row, assess
 from sources.pictures import detect_hands, read_image
 from sources.predictors import Net
 from sources.protocols import PROTOCOLS, SUBMIT, SUBMITTED_PART
+from sources.reading import to_device
 from sources.sheets import best_median_worst, draw_rows
 from sources.recipes import key_of, recipe, stored_config
 from sources.tables import (

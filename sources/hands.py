@@ -2,19 +2,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 # common before torch: it settles how threads wait
 from common import N_JOINTS, N_VERTS, UserError, crop, flip, mirror_pose, transform
 from sources.index import MIRROR, SAMPLE_COLUMNS, Index
-from sources.loader import Source, read_items
+from sources.loader import Source
 from sources.pictures import cut_square, picture_size, read_image, undistort_picture
+from sources.reading import read_items
+from sources.squares import Kept, keep_squares
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate as collate
 
 
 class Hands(Source):
@@ -34,6 +35,11 @@ class Hands(Source):
         self.margin = margin
         self.name = index.name
         self.box_source = index.box_source
+        self.kept: Kept | None = None                       # squares that were read before
+
+    def keep(self, folder: Path, share: float) -> None:
+        """Keep the squares that are read from now on, see `keep_squares`."""
+        self.kept = keep_squares(self.index, self.size, self.margin, folder, share)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -59,81 +65,128 @@ class Hands(Source):
         return bool(np.isfinite(column).any() if column.dtype.kind == "f" else len(column))
 
     def __getitem__(self, row: int) -> dict:
-        index = self.index
-        columns = index.columns
-        path = Path(index.root, index.path(row))
+        found = self.read([row])
+        has = {key: bool(flag) for key, flag in found["has"].items()}
+        return {key: value[0] for key, value in found.items() if key != "has"} | {"has": has}
+
+    def read(self, rows: list[int]) -> dict:
+        """See `Source`."""
+        at = np.array(rows)
+        images = np.zeros((len(at), 3, self.size, self.size), np.uint8)
+        sizes = np.full((len(at), 2), self.size)
+        broken = np.zeros(len(at), bool)
+        for k, row in enumerate(at.tolist()):
+            found = self._picture(row)
+            if found is None:
+                broken[k] = True
+            else:
+                images[k], sizes[k] = found
+        return {"image": torch.from_numpy(images), **self._labels(at, sizes, broken)}
+
+    def _picture(self, row: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """A row's square (3, S, S), and (width, height) of its picture; None where that broke."""
+        kept = self.kept.read(row) if self.kept else None
+        if kept is not None:
+            return kept["image"], kept["size"]
+        columns = self.index.columns
+        path = Path(self.index.root, self.index.path(row))
         try:
             picture = read_image(path)
         except UserError as error:
             if not path.exists():
                 raise
             print(f"{error}; it becomes a black image without labels", file=sys.stderr)
-            picture = np.zeros((self.size, self.size, 3), np.uint8)
-            columns = {}
+            return None
         if "dist" in columns:
             picture = undistort_picture(picture, columns["K"][row], columns["dist"][row])
-        middle, side = self._square(columns.get("box"), row, picture.shape[1::-1])
+        size = np.array(picture.shape[1::-1])
+        (middle,), (side,) = self._squares(np.array([row]), size[None], np.zeros(1, bool))
         image = cut_square(picture, middle, side, self.size)
-        image = image[:, ::-1] if index.columns["side"][row] == "left" else image
-        return {"image": torch.from_numpy(image.transpose(2, 0, 1).copy()),
-                **self._labels(columns, row, picture.shape[1::-1], middle, side)}
+        image = image[:, ::-1] if columns["side"][row] == "left" else image
+        image = image.transpose(2, 0, 1)
+        if self.kept:
+            self.kept.write(row, np.array([(image, size)], self.kept.record))
+        return image, size
 
     def targets(self, rows: Tensor) -> dict:
         """See `Source`; side_px is the side that the pictures would have."""
-        found = []
-        box = self.index.columns.get("box")
-        for row in rows.tolist():
-            size = (self.size, self.size)
-            if box is None or np.isnan(box[row]).any():
-                size = picture_size(Path(self.index.root, self.index.path(row)))
-            found.append(self._labels(self.index.columns, row, size, *self._square(box, row, size)))
-        return collate(found) | {"side_px": torch.full((len(rows),), float(self.size))}
+        at = rows.cpu().numpy()
+        sizes = np.full((len(at), 2), self.size)
+        box = self.index.columns.get("box", np.full((len(self), 4), np.nan))[at]
+        for k in np.flatnonzero(np.isnan(box).any(1)).tolist():
+            sizes[k] = picture_size(Path(self.index.root, self.index.path(at[k])))
+        side = torch.full((len(at),), float(self.size))
+        return self._labels(at, sizes, np.zeros(len(at), bool)) | {"side_px": side}
 
-    def _labels(self, columns: dict[str, np.ndarray], row: int, size: tuple[int, int],
-                middle: np.ndarray, side: float) -> dict:
-        """All of a sample but its picture, which is `size` (width, height), cut at `middle`."""
+    def _labels(self, rows: np.ndarray, sizes: np.ndarray, broken: np.ndarray) -> dict:
+        """All of some samples but their pictures, of (width, height) `sizes` (B, 2)."""
         index = self.index
-        sample = _numbers(columns, row, size)
-        A = crop(torch.tensor(middle)[None], torch.tensor([side]).double(), self.size)
-        if index.columns["side"][row] == "left":
-            A = flip(torch.ones(1).double(), self.size) @ A
-            sample |= {key: sample[key] @ MIRROR for key in ("K", "joints", "verts", "trans")}
-            sample["pose"] = mirror_pose(torch.tensor(sample["pose"])).numpy()
-        sample["crop"] = A[0].numpy()                              # picture px -> image px
+        sample = _numbers(index.columns, rows, sizes, broken)
+        middle, side = map(torch.from_numpy, self._squares(rows, sizes, broken))
+        A = crop(middle, side.float().double(), self.size)         # the side is a float32 number
+        left = index.columns["side"][rows] == "left"
+        if left.any():
+            A[left] = flip(torch.ones(1).double(), self.size) @ A[left]
+            for key in ("K", "joints", "verts", "trans"):
+                sample[key][left] = sample[key][left] @ MIRROR
+            sample["pose"][left] = mirror_pose(torch.from_numpy(sample["pose"][left])).numpy()
+        sample["crop"] = A.numpy()                                 # picture px -> image px
         sample["K"] = sample["crop"] @ sample["K"]
         for key in ("uv", "uv_label"):
-            sample[key] = transform(A[0], torch.tensor(sample[key])).numpy()
+            sample[key] = transform(A, torch.from_numpy(sample[key])).numpy()
+        known = {key: np.isfinite(sample[key]).reshape(len(rows), -1)
+                 for key in ("K", "verts", "pose", "shape")}
         ok = np.isfinite(sample["joints"]).all(-1)
-        has = {"joints": ok.any(), "uv": np.isfinite(sample["uv"]).any(), "cameras": False}
-        has |= {key: np.isfinite(sample[key]).all() for key in ("K", "verts", "pose", "shape")}
+        seen = np.isfinite(sample["uv"]).reshape(len(rows), -1)
+        has = {"joints": ok.any(1), "uv": seen.any(1), "cameras": np.zeros(len(rows), bool)}
+        has |= {key: flags.all(1) for key, flags in known.items()}
         flags = {"joints_ok": ok, "visible": sample.pop("visible")}
         return {
-            **{key: torch.tensor(value, dtype=torch.float32) for key, value in sample.items()},
-            **{key: torch.tensor(value) for key, value in flags.items()},
-            "has": {key: bool(value) for key, value in has.items()}, "id": index.id(row),
-            "side": str(index.columns["side"][row]), "box_source": index.box_source}
+            **{key: torch.from_numpy(value).float() for key, value in sample.items()},
+            **{key: torch.from_numpy(value) for key, value in flags.items()},
+            "has": {key: torch.from_numpy(value) for key, value in has.items()},
+            "id": [index.id(row) for row in rows.tolist()],
+            "side": index.columns["side"][rows].tolist(),
+            "box_source": [index.box_source] * len(rows)}
 
-    def _square(self, box: np.ndarray | None, row: int, size: Sequence[int]) -> tuple:
-        """Middle (2,) px and side px of the crop of a picture `size` (width, height)."""
-        if box is None or np.isnan(box[row]).any():
-            return (np.array(size) - 1) / 2, float(min(size))
-        x, y, w, h = box[row].tolist()
-        side = max(self.margin * max(w, h), 2.0)
-        if max(side, abs(x) / 1000, abs(y) / 1000) > 16 * max(size):
-            raise UserError(f"{self.index.id(row)}: box {x, y, w, h} is far off the picture")
-        return np.array([x + w / 2, y + h / 2]) - 0.5, side              # edges to pixel centres
+    def _squares(self, rows: np.ndarray, sizes: np.ndarray, broken: np.ndarray) -> tuple:
+        """Middles (B, 2) px and sides (B,) px of the crops of pictures (width, height) `sizes`."""
+        middle = (sizes - 1) / 2
+        side = sizes.min(1).astype(float)
+        if "box" not in self.index.columns:
+            return middle, side
+        box = self.index.columns["box"][rows].astype(float)
+        boxed = ~np.isnan(box).any(1) & ~broken
+        wide = np.maximum(self.margin * box[:, 2:].max(1), 2.0)
+        far = boxed & (np.maximum(wide, abs(box[:, :2]).max(1) / 1000) > 16 * sizes.max(1))
+        if far.any():
+            k = int(far.argmax())
+            raise UserError(f"{self.index.id(rows[k])}: box {tuple(box[k].tolist())} is far off "
+                            "the picture")
+        middle[boxed] = (box[:, :2] + box[:, 2:] / 2)[boxed] - 0.5       # edges to pixel centres
+        side[boxed] = wide[boxed]
+        return middle, side
 
 
-def _numbers(columns: dict[str, np.ndarray], row: int, size: tuple) -> dict[str, np.ndarray]:
-    """One row's numbers before cropping, NaN where unknown; size is (width, height)."""
-    def get(key: str, default: object) -> np.ndarray:
-        return np.array(columns[key][row] if key in columns else default, float)
+def _numbers(columns: dict[str, np.ndarray], rows: np.ndarray, sizes: np.ndarray,
+             broken: np.ndarray) -> dict[str, np.ndarray]:
+    """The numbers of some rows before cropping, (B, ...) float64, NaN where unknown.
 
+    sizes (B, 2) is (width, height); of the `broken` pictures nothing is known.
+    """
+    def get(key: str, default: np.ndarray) -> np.ndarray:
+        if key not in columns:
+            return default.astype(float)
+        found = columns[key][rows].astype(float)
+        found[broken] = default[broken]
+        return found
+
+    B = len(rows)
     shapes = {"K": (3, 3), "joints": (N_JOINTS, 3), "verts": (N_VERTS, 3), "uv": (N_JOINTS, 2),
               "uv_label": (N_JOINTS, 2), "pose": (48,), "shape": (10,), "trans": (3,)}
-    sample = {key: get(key, np.full(dims, np.nan)) for key, dims in shapes.items()}
+    sample = {key: get(key, np.full((B, *dims), np.nan)) for key, dims in shapes.items()}
     known = np.isfinite(sample["uv_label" if "uv_label" in columns else "uv"]).all(-1)
-    inside = ((sample["uv"] >= -0.5) & (sample["uv"] <= np.array(size) - 0.5)).all(-1)
+    inside = ((sample["uv"] >= -0.5) & (sample["uv"] <= sizes[:, None] - 0.5)).all(-1)
     return sample | {"confidence": np.where(known, get("confidence", known), 0),
                      "visible": get("visible", inside).astype(bool),
-                     "scale": get("scale", 1), "size": np.array(size, float)}
+                     "scale": get("scale", np.ones(B)), "size": sizes.astype(float)}

@@ -1,4 +1,4 @@
-"""The protocol of a source, how samples are read, and sources made of sources."""
+"""The protocol of a source, and sources made of sources."""
 from __future__ import annotations
 
 import math
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 # common before torch: it settles how threads wait
-from common import UserError, world
+from common import world
 
 import numpy as np
 import torch
@@ -42,6 +42,10 @@ class Source(Targets, Protocol):
         """The samples of each (B,) int64 tensor of rows in `plan`, collated, on the device."""
         ...
 
+    def read(self, rows: list[int]) -> dict:
+        """The samples of some rows, collated, on the CPU: what `read_items` asks for."""
+        return collate([self[row] for row in rows])
+
     def columns(self, rows: Tensor) -> dict[str, np.ndarray]:
         """The data set's own numbers at `rows` (B,) that a sample does not hold, {} where none."""
         return {}
@@ -53,68 +57,6 @@ class Source(Targets, Protocol):
     def gives(self, key: str) -> bool:
         """Whether the data set itself holds `key` (uv_label, cameras, ...) of some sample."""
         ...
-
-
-# So much is read ahead, in bytes and in batches, by all workers of a source: a step of any of the
-# four recipes has at most 64 micro-batches, so the next one is read while this one is computed.
-AHEAD_BYTES = 1 << 30
-AHEAD = 64
-
-
-def read_items(data: Source, plan: list[Tensor], device: torch.device,
-               workers: int) -> Iterator[dict]:
-    """`Source.batches` of a data set that reads sample by sample, in so many worker processes.
-
-    They start anew in each epoch (four in 0.2 s) and end with the iterator, wherever it is left.
-    """
-    workers = min(workers, len(plan))
-    loader = torch.utils.data.DataLoader(
-        data, batch_sampler=[rows.tolist() for rows in plan], collate_fn=collate,
-        num_workers=workers, pin_memory=device.type == "cuda",
-        prefetch_factor=read_ahead(data, plan, workers) if workers else None)
-    return on_device(_told(iter(loader)), device)
-
-
-def read_ahead(data: Source, plan: list[Tensor], workers: int) -> int:
-    """How many batches each worker has ready or in hand, at least two."""
-    largest = max(map(len, plan)) * data.picture_bytes
-    return max(2, min(AHEAD, AHEAD_BYTES // max(largest, 1)) // workers)
-
-
-def _told(stream: Iterator[dict]) -> Iterator[dict]:
-    """The batches, a worker's UserError without the traceback it comes wrapped in."""
-    try:
-        yield from stream
-    except UserError as error:
-        last = str(error).strip().splitlines()[-1]
-        raise UserError(last.removeprefix("common.UserError: ")) from None
-
-
-def on_device(stream: Iterator[dict], device: torch.device) -> Iterator[dict]:
-    """The batches on the device; on CUDA the next is copied there while the last is computed."""
-    if device.type != "cuda":
-        yield from (to_device(batch, device) for batch in stream)
-        return
-    lane = torch.cuda.Stream(device)
-    coming = None
-    for batch in stream:
-        with torch.cuda.stream(lane):
-            following = to_device(batch, device), lane.record_event()
-        if coming:
-            yield _arrived(*coming)
-        coming = following
-    if coming:
-        yield _arrived(*coming)
-
-
-def _arrived(batch: dict, copied: torch.cuda.Event) -> dict:
-    """A batch that another stream copied, for use on this one."""
-    here = torch.cuda.current_stream()
-    here.wait_event(copied)
-    for value in (*batch.values(), *batch.get("has", {}).values()):
-        if isinstance(value, Tensor):
-            value.record_stream(here)           # its memory is not given away while it is used
-    return batch
 
 
 # ---- Sources of sources --------------------------------------------------------------------------
@@ -213,19 +155,6 @@ def _together(found: list[dict], order: Tensor) -> dict:
             strings = [text for value in values for text in value]
             out[key] = [strings[i] for i in order.tolist()]
     return out
-
-
-def to_device(batch: dict, device: torch.device | str) -> dict:
-    """A batch with its tensors, and those of dictionaries in it, on a device; the rest stays."""
-    wait = torch.device(device).type == "cpu"                # a copy to the CPU is read at once
-    moved = {}
-    for key, value in batch.items():
-        if isinstance(value, dict):
-            moved[key] = to_device(value, device)
-        else:
-            held = isinstance(value, Tensor)
-            moved[key] = value.to(device, non_blocking=not wait) if held else value
-    return moved
 
 
 def gather(parts: list[dict[str, Tensor]], n: int) -> dict[str, Tensor]:

@@ -20,8 +20,9 @@ from hand.scene import (
     ARM, OCCLUDER, arm_verts, boundary, occluder_verts, occlusion, painted, ramp, rotation_between,
     scenery, tube)
 from sources.files import locked
-from sources.loader import Source, to_device
+from sources.loader import Source
 from sources.pictures import read_image
+from sources.reading import to_device
 
 import numpy as np
 import torch

@@ -2,17 +2,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 # common before torch: it settles how threads wait
 from common import UserError
 from sources.hands import Hands
-from sources.loader import Source, read_items
+from sources.loader import Source
+from sources.reading import read_items
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate as collate
 
 
 class Views(Source):
@@ -58,45 +58,50 @@ class Views(Source):
         return self.hands.gives(key)
 
     def __getitem__(self, moment: int) -> dict:
-        return self._stack(moment, self.hands.__getitem__)
+        found = self.read([moment])
+        has = {key: bool(flag) for key, flag in found["has"].items()}
+        return {key: value[0] for key, value in found.items() if key != "has"} | {"has": has}
+
+    def read(self, moments: list[int]) -> dict:
+        """See `Source`."""
+        at = self.rows[moments]
+        return self._stack(at, self.hands.read(at[at >= 0].tolist()))
 
     def targets(self, rows: Tensor) -> dict:
         """See `Source`."""
-        def first(row: int) -> dict:
-            one = self.hands.targets(torch.tensor([row]))
-            return {key: value[0] for key, value in one.items() if isinstance(value, Tensor)}
-
-        found = [self._stack(moment, first) for moment in rows.tolist()]
-        return collate(found) | {"side_px": torch.full((len(rows),), float(self.hands.size))}
+        at = self.rows[rows.cpu().numpy()]
+        found = self.hands.targets(torch.from_numpy(at[at >= 0]))
+        return self._stack(at, found) | {"side_px": found["side_px"].new_full(
+            (len(at),), self.hands.size)}
 
     def paths(self, moment: int) -> list[str]:
         """The picture of each camera, relative to the data set's folder, "" where there is none."""
         return [self.hands.index.path(row) if row >= 0 else "" for row in self.rows[moment]]
 
-    def _stack(self, moment: int, read: Callable[[int], dict]) -> dict:
-        """One moment's samples on top of each other."""
-        rows = self.rows[moment].tolist()
-        index = self.hands.index
-        found = {v: read(row) for v, row in enumerate(rows) if row >= 0}
-        first = next(iter(found.values()))
-        blank = {key: torch.full_like(value, math.nan if value.is_floating_point() else 0)
-                 for key, value in first.items() if isinstance(value, Tensor)}
-        out = {key: torch.stack([found.get(v, blank)[key] for v in range(len(rows))])
-               for key in blank}
-        M = np.full((len(rows), 4, 4), np.nan)
-        for v, row in enumerate(rows):
-            if row >= 0:
-                mirrored = index.columns["side"][row] == "left"
-                D = np.diag([-1.0, 1, 1, 1]) if mirrored else np.eye(4)
-                M[v] = D @ index.columns["cameras"][row] @ D
-        has = {key: any(one["has"][key] for one in found.values()) for key in first.get("has", ())}
-        row = max(rows)
-        return out | {"cameras": torch.tensor(M, dtype=torch.float32),
-                      "view_ok": torch.tensor([row >= 0 for row in rows]),
+    def _stack(self, at: np.ndarray, found: dict) -> dict:
+        """Moments of the rows `at` (B, V), -1 for none, of the pictures `found` that are there."""
+        ok = at >= 0
+
+        def each(value: Tensor, blank: float) -> Tensor:
+            out = value.new_full((*ok.shape, *value.shape[1:]), blank)
+            out[torch.from_numpy(ok)] = value
+            return out
+
+        columns = self.hands.index.columns
+        out = {key: each(value, math.nan if value.is_floating_point() else 0)
+               for key, value in found.items() if isinstance(value, Tensor)}
+        has = {key: each(flag, False).any(1) for key, flag in found["has"].items()}
+        mirror = np.where((columns["side"][at[ok]] == "left")[:, None, None],
+                          np.diag([-1.0, 1, 1, 1]), np.eye(4))
+        M = np.full((*ok.shape, 4, 4), np.nan)
+        M[ok] = mirror @ columns["cameras"][at[ok]] @ mirror
+        last = at.max(1)
+        return out | {"cameras": torch.from_numpy(M).float(), "view_ok": torch.from_numpy(ok),
                       "confidence": out["confidence"].nan_to_num(),
-                      "has": has | {"cameras": bool(np.isfinite(M).any())},
-                      "side": str(index.columns["side"][row]), "box_source": self.box_source,
-                      "id": str(index.columns["moment"][row])}
+                      "has": has | {"cameras": torch.from_numpy(np.isfinite(M).any((1, 2, 3)))},
+                      "side": columns["side"][last].tolist(),
+                      "box_source": [self.box_source] * len(at),
+                      "id": columns["moment"][last].tolist()}
 
 
 class Cameras(Source):

@@ -20,7 +20,7 @@ from sources.index import Index
 from sources.interhand import INTERHAND_TO_OURS
 from sources.hands import Hands
 from sources.pictures import _hand_detector
-from sources.loader import read_items
+from sources.reading import read_items
 from sources.pictures import detect_hands
 from sources.synthetic import Synthetic
 from sources import judging

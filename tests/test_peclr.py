@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import peclr
 from common import batch_statistics, load_backbone, rotation, settle, translation
 from sources import Source, open_data, training_steps
-from sources.loader import read_items
+from sources.reading import read_items
 from sources.synthetic import Synthetic
 from peclr import (BEST, CONVENTIONS, RELEASED, Config, HandNet, Lars, PeCLR, View, cut_out, draw_view,
                    hand_circle, hand_view, jitter_hsv, lift, load_released, lr_at, make_views, mixed_order,

@@ -11,7 +11,8 @@ from common import UserError, steps_per_epoch
 from sources import Source, batches, open_data, training_steps
 from sources.folder import index_folder
 from sources.hands import Hands
-from sources.loader import Joined, Rows, read_ahead, read_items
+from sources.loader import Joined, Rows
+from sources.reading import read_ahead, read_items
 from sources.stages import evaluate
 from sources.synthetic import Cached, Synthetic
 from sources.views import Cameras, Views
