@@ -1,14 +1,15 @@
 """Synchronised cameras of any rig: frames/NAME/FRAME.jpg, cameras.json, labels/NAME/FRAME.json."""
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 # common before torch: it settles how threads wait
 from common import N_JOINTS, UserError
-from sources.files import cached, data_folder, hand_labels, path_column, pictures_below
+from sources.files import cached, data_folder, path_column, pictures_below
 from sources.index import DataSet, Index, Joints, tight_box
+from sources.parsing import (
+    below, hand_labels, intrinsics, numbers, parse_json, reading, rotations)
 from sources.pictures import detect_hands, read_image, undistort
 
 import numpy as np
@@ -47,41 +48,40 @@ def index_cameras(root: str | Path, split: str = "train", cache: str | Path | No
 def _rig(root: Path) -> tuple[dict[str, dict], float, str]:
     """cameras.json as cameras in the order of their names, metres a unit or NaN, and the side."""
     file = root / "cameras.json"
-    try:
-        rig = json.loads(file.read_bytes())
-        cameras = {name: _camera(value) for name, value in sorted(rig.items())
-                   if isinstance(value, dict)}
-        unit = float(rig.get("unit_m", math.nan))
-        side = rig.get("side", "right")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cameras: {file} must give each camera K (3 x 3), R (3 x 3) and t (3) "
-                        f"({type(error).__name__}: {error})") from error
-    if side not in ("left", "right") or unit <= 0 or not cameras:
-        raise UserError(f"cameras: {file}: side must be left or right, unit_m above 0, and one "
-                        "camera at least must be there")
+    with reading(f"cameras: {file}"):
+        rig = parse_json(file.read_bytes())
+        unit = rig.pop("unit_m", None)
+        unit = math.nan if unit is None else float(numbers(unit, "unit_m", least=1e-9))
+        side = rig.pop("side", "right")
+        if side not in ("left", "right") or not rig:
+            raise ValueError("side must be left or right, and one camera at least must be there")
+        cameras = {}
+        for name, given in sorted(rig.items()):
+            if not isinstance(given, dict) or not {"K"} <= given.keys():
+                raise ValueError(f"{name!r} must give a camera's K (3 x 3), R (3 x 3) and t (3)")
+            cameras[below(name, "the name of a camera")] = _camera(name, given)
     return cameras, unit, side
 
 
-def _camera(given: dict) -> dict:
+def _camera(name: str, given: dict) -> dict:
     """A camera of cameras.json as arrays: K, dist (8,) and {frame: M (4, 4)}, "" for others."""
-    dist = np.array(given.get("dist", [0.0] * 5), float).reshape(-1)
-    if len(dist) > 8:
-        raise ValueError("dist has more than 8 numbers; fisheye and thin-prism lenses are not "
-                         "known")
-    M = {frame: _extrinsics(place) for frame, place in given.get("frames", {}).items()}
+    lens = given.get("dist", [0.0] * 5)
+    if not isinstance(lens, list) or len(lens) > 8:
+        raise ValueError(f"{name}'s dist must be a list of at most 8 numbers; fisheye and "
+                         "thin-prism lenses are not known")
+    dist = numbers(lens, f"{name}'s dist", len(lens), least=-1000, most=1000)
+    M = {frame: _extrinsics(name, place) for frame, place in given.get("frames", {}).items()}
     if "R" in given or not M:
-        M[""] = _extrinsics(given)
-    return {"K": np.array(given["K"], float).reshape(3, 3), "M": M,
-            "dist": np.pad(dist, (0, 8 - len(dist)))}
+        M[""] = _extrinsics(name, given)
+    K = intrinsics(numbers(given["K"], f"{name}'s K", 3, 3), f"{name}'s K")
+    return {"K": K, "M": M, "dist": np.pad(dist, (0, 8 - len(dist)))}
 
 
-def _extrinsics(place: dict) -> np.ndarray:
+def _extrinsics(name: str, place: dict) -> np.ndarray:
     """R and t as one matrix (4, 4), world to camera; ValueError where R is no rotation."""
     M = np.eye(4)
-    M[:3, :3] = np.array(place["R"], float).reshape(3, 3)
-    M[:3, 3] = np.array(place["t"], float).reshape(3)
-    if np.abs(M[:3, :3] @ M[:3, :3].T - np.eye(3)).max() > 1e-3 or np.linalg.det(M[:3, :3]) < 0:
-        raise ValueError("R is no rotation")
+    M[:3, :3] = rotations(numbers(place["R"], f"{name}'s R", 3, 3), f"{name}'s R")
+    M[:3, 3] = numbers(place["t"], f"{name}'s t", 3)
     return M
 
 

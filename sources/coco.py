@@ -1,7 +1,6 @@
 """COCO-WholeBody's hands: layout, splits and official scores."""
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from pathlib import Path
 from common import N_JOINTS, Mano, UserError, epe
 from sources.files import cached, data_folder, drop_missing, path_column
 from sources.index import DataSet, Index
+from sources.parsing import below, numbers, one_of, parse_json, reading, whole
 
 import numpy as np
 import torch
@@ -36,21 +36,20 @@ def index_coco(root: str | Path, split: str = "train", cache: str | Path | None 
 def _parse_coco(root: Path, file: str, split: str) -> Index:
     """All hands of an annotation file."""
     rows = []
-    try:
-        content = json.loads((root / file).read_bytes())
-        names = {image["id"]: image["file_name"] for image in content["images"]}
+    with reading(f"coco: {root / file}"):
+        content = parse_json((root / file).read_bytes())
+        names = {image["id"]: below(image["file_name"], "file_name")
+                 for image in content["images"]}
         for note in content["annotations"]:
             for side in ("left", "right"):
-                if note[f"{side}hand_valid"]:
+                key = f"{side}hand"
+                if one_of(note[f"{key}_valid"], f"{key}_valid", False, True):
                     rows.append({
                         "path": f"{split}2017/{names[note['image_id']]}", "side": side,
-                        "id": f"{note['id']}-{side}", "annotation_id": note["id"],
-                        "image_id": note["image_id"],
-                        "points": np.array(note[f"{side}hand_kpts"], float).reshape(N_JOINTS, 3),
-                        "box": np.array(note[f"{side}hand_box"], float).reshape(4)})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"coco: {root / file} is not as published "
-                        f"({type(error).__name__}: {error})") from error
+                        "id": f"{note['id']}-{side}", "annotation_id": whole(note["id"], "id"),
+                        "image_id": whole(note["image_id"], "image_id"),
+                        "points": numbers(note[f"{key}_kpts"], f"{key}_kpts", N_JOINTS, 3),
+                        "box": numbers(note[f"{key}_box"], f"{key}_box", 4)})
     if not rows:
         raise UserError(f"coco: {root / file} has no valid hand")
     column = {key: np.array([row[key] for row in rows]) for key in rows[0]}

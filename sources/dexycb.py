@@ -1,14 +1,13 @@
 """DexYCB: layout, official subsets, scores and the tool kit's file (dex-ycb-toolkit 64551b0)."""
 from __future__ import annotations
 
-import zipfile
-import zlib
 from pathlib import Path
 
 # common before torch: it settles how threads wait
 from common import N_JOINTS, Mano, UserError, auc, epe, mpjpe, pa_mpjpe, say
 from sources.files import UNLABELLED, cached, data_folder, drop_missing, note_poses, path_column
 from sources.index import DataSet, Index, Joints, tight_box
+from sources.parsing import below, numbers, one_of, parse_yaml, reading, whole
 
 import numpy as np
 import torch
@@ -83,11 +82,12 @@ def _label(file: Path) -> tuple[str, np.ndarray]:
     """Why a frame is left out or "", and its (156,) joint_3d m, joint_2d px, pose_m."""
     try:
         with np.load(file) as label:
-            sizes = (("joint_3d", 63), ("joint_2d", 42), ("pose_m", 51))
-            values = np.concatenate([label[key].reshape(n) for key, n in sizes])
+            sizes = (("joint_3d", (21, 3)), ("joint_2d", (21, 2)), ("pose_m", (51,)))
+            values = np.concatenate([numbers(label[key], key, *dims, unknown=True).ravel()
+                                     for key, dims in sizes])
     except FileNotFoundError:
         return "frames without a label file", np.full(156, np.nan)
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+    except Exception:                         # bytes that are no .npz can fail anywhere in NumPy
         return "frames with a broken label file", np.full(156, np.nan)
     if (values[:63] == -1).all():
         return UNLABELLED, values
@@ -96,28 +96,30 @@ def _label(file: Path) -> tuple[str, np.ndarray]:
 
 def _frames(root: Path, folder: str, cameras: list[int]) -> dict[str, np.ndarray]:
     """Columns of a sequence: camera by camera in the order of serials, frame by frame."""
-    import yaml                                                    # only this data set needs PyYAML
-
     def read(*parts: str) -> dict:
-        return yaml.safe_load(Path(root, *parts).read_text())
+        file = Path(root, *(below(part, "a folder that meta.yml names") for part in parts))
+        return parse_yaml(file.read_bytes())
 
     rows = []
-    try:
+    with reading(f"dexycb: {root / folder / 'meta.yml'}, or what it names in calibration/"):
         meta = read(folder, "meta.yml")
-        side = meta["mano_sides"][0]
-        serials = sorted(meta["serials"])
-        shape = read("calibration", f"mano_{meta['mano_calib'][0]}", "mano.yml")["betas"]
+        side = one_of(meta["mano_sides"][0], "mano_sides", "left", "right")
+        serials = sorted(below(serial, "serials") for serial in meta["serials"])
+        if len(set(serials)) != 8:
+            raise ValueError("serials must name eight cameras")
+        mano = read("calibration", f"mano_{meta['mano_calib'][0]}", "mano.yml")
+        shape = numbers(mano["betas"], "betas", 10)
+        frames = whole(meta["num_frames"], "num_frames", 1, 1000)
         for serial in [serials[camera] for camera in cameras]:
             k = read("calibration", "intrinsics", f"{serial}_640x480.yml")["color"]
-            K = [[k["fx"], 0, k["ppx"]], [0, k["fy"], k["ppy"]], [0, 0, 1]]
-            for frame in range(meta["num_frames"]):
+            fx, fy = (float(numbers(k[key], key, least=1e-6)) for key in ("fx", "fy"))
+            cx, cy = (float(numbers(k[key], key)) for key in ("ppx", "ppy"))
+            K = [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]
+            for frame in range(frames):
                 reason, values = _label(root / folder / serial / f"labels_{frame:06d}.npz")
                 rows.append({"reason": reason, "values": values, "side": side, "K": K,
                              "shape": shape, "path": f"{folder}/{serial}/color_{frame:06d}.jpg"})
         return {key: np.array([row[key] for row in rows]) for key in rows[0]}
-    except (OSError, yaml.YAMLError, KeyError, TypeError, IndexError, ValueError) as error:
-        raise UserError(f"dexycb: {root / folder}: meta.yml or what it names in calibration/ is "
-                        f"not as published ({type(error).__name__}: {error})") from error
 
 
 @cached

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
 import time
 import zipfile
@@ -20,13 +19,13 @@ except ImportError:                                     # Windows
     fcntl = None
 
 # common before torch: it settles how threads wait
-from common import N_JOINTS, UserError
+from common import UserError
 from sources.index import PICTURES, Index
 from sources.pictures import check_images
 
 import numpy as np
 
-INDEX_VERSION = 2                                       # raise it when what readers return changes
+INDEX_VERSION = 3                                       # raise it when what readers return changes
 UNLABELLED = "unlabelled frames"                        # why a row may be left out
 
 
@@ -182,43 +181,3 @@ def empty_index(name: str, root: Path, note: str) -> Index:
     """An index without rows, for a split that the data set does not have."""
     columns = {"paths": path_column([]), "side": np.array([], str)}
     return Index(name, str(root), columns, notes=[note])
-
-
-def json_numbers(file: Path, dims: tuple[int, ...]) -> np.ndarray:
-    """A .json that is nested lists of numbers as (N, *dims), float64; UserError if it is not that.
-
-    It is read as one run of numbers: FreiHAND's vertices would be 76 million Python objects.
-    """
-    text = file.read_bytes().translate(None, b"[] \t\r\n")
-    try:
-        values = np.fromstring(text, sep=",")
-    except ValueError:
-        values = np.empty(0)
-    if not text or len(values) != text.count(b",") + 1 or len(values) % math.prod(dims):
-        raise UserError(f"{file}: is not a list of entries of "
-                        f"{' x '.join(map(str, dims)) or 'one'} numbers each, or is cut off")
-    return values.reshape(-1, *dims)
-
-
-def hand_labels(file: str | Path, side: str = "right") -> tuple[np.ndarray, np.ndarray]:
-    """2D key points of a JSON file -> (21, 2) px, NaN where none, and (21,) confidence.
-
-    Either [coordinates, confidences] as HaMuCo's released labels, or OpenPose's output, of which
-    the surest person's hand is taken. UserError where it is neither.
-    """
-    try:
-        found = json.loads(Path(file).read_bytes())
-        if isinstance(found, dict):
-            people = [np.array(person[f"hand_{side}_keypoints_2d"], float).reshape(N_JOINTS, 3)
-                      for person in found["people"] if person.get(f"hand_{side}_keypoints_2d")]
-            people.sort(key=lambda hand: hand[:, 2].sum())
-            hand = people[-1] if people else np.zeros((N_JOINTS, 3))
-            uv, sure = hand[:, :2], hand[:, 2]
-        else:
-            uv = np.array(found[0], float).reshape(N_JOINTS, 2)
-            sure = np.array(found[1], float).reshape(N_JOINTS)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(f"{file}: neither [coordinates, confidences] of 21 points nor OpenPose's "
-                        f"hands ({type(error).__name__}: {error})") from error
-    known = np.isfinite(uv).all(1) & (sure > 0)
-    return np.where(known[:, None], uv, np.nan), np.where(known, sure, 0).clip(0, 1)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import zlib
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from pathlib import Path
 from common import N_JOINTS, UserError
 from sources.files import cached, data_folder, drop_unreadable, path_column, pictures_below
 from sources.index import PICTURES, DataSet, Index, tight_box
+from sources.parsing import intrinsics, numbers, one_of, parse_json, reading
 
 import numpy as np
 
@@ -69,37 +69,24 @@ LABELS = {"box": (4,), "uv": (N_JOINTS, 2), "confidence": (N_JOINTS,), "K": (3, 
 
 def _label(line: bytes, known: set[str]) -> dict:
     """A line of labels.jsonl as path, side, arrays with NaN for null; ValueError where wrong."""
-    def refuse(word: str) -> None:
-        raise ValueError(f"{word} is not allowed, use null")
-
-    hand = json.loads(line, parse_constant=refuse)
+    hand = parse_json(line, nan=False)
     if not isinstance(hand, dict) or not isinstance(hand.get("path"), str):
         raise ValueError('needs an object with "path", the picture below the folder')
     if unknown := set(hand) - {"path", "side", *LABELS}:
         raise ValueError(f"{min(unknown)!r} is none of path, side, {', '.join(LABELS)}")
-    label = {"path": Path(hand["path"]).as_posix(), "side": hand.get("side") or "right"}
+    label = {"path": Path(hand["path"]).as_posix(),
+             "side": one_of(hand.get("side"), "side", "left", "right", None) or "right"}
     if label["path"] not in known:
         raise ValueError(f"the folder holds no picture {hand['path']!r}")
-    if label["side"] not in ("left", "right"):
-        raise ValueError(f"side must be left or right, not {label['side']!r}")
     for key, dims in LABELS.items():
         given = hand.get(key)
-        value = np.full(dims, np.nan) if given is None else np.array(given, float)
-        if value.shape != dims:
-            raise ValueError(f"{key} must be {' x '.join(map(str, dims))} numbers, "
-                             f"not {value.shape}")
-        whole = given is None or key not in ("box", "K") or not np.isnan(value).any()
-        if np.isinf(value).any() or not whole:
-            raise ValueError(f"{key} must be finite")
-        label[key] = value
-    box, K = label["box"], label["K"]
-    sure, joints = label["confidence"], label["joints"]
-    if (box[2:] <= 0).any():
+        bounds = {"least": 0, "most": 1} if key == "confidence" else {}
+        label[key] = np.full(dims, np.nan) if given is None else numbers(
+            given, key, *dims, unknown=key not in ("box", "K"), **bounds)
+    intrinsics(label["K"])
+    if (label["box"][2:] <= 0).any():
         raise ValueError("box is [x, y, width, height] in px, with sizes above 0")
-    if hand.get("K") and ((K[2] != [0, 0, 1]).any() or K[0, 0] <= 0 or K[1, 1] <= 0):
-        raise ValueError("K must be [[fx, s, cx], [0, fy, cy], [0, 0, 1]] in px")
-    if ((sure < 0) | (sure > 1)).any():
-        raise ValueError("confidence must lie in [0, 1]")
+    joints = label["joints"]
     if (np.abs(joints - joints[:1]) > 1).any():
         raise ValueError("joints lie over 1 m from the wrist: they must be in metres")
     return label
@@ -112,10 +99,8 @@ def _labelled(root: Path, pictures: list[str]) -> Index:
     known = set(pictures)
     labels = []
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
-        try:
+        with reading(f"{file}, line {number}"):
             labels += [_label(line, known) | {"id": number}] if line.strip() else []
-        except (ValueError, TypeError, OverflowError, RecursionError) as error:
-            raise UserError(f"{file}, line {number}: {error}") from error
     if not labels:
         raise UserError(f"{file} is empty: give it one line a hand, or delete it")
     columns = {key: np.array([label[key] for label in labels]) for key in ("side", *LABELS)}

@@ -10,9 +10,9 @@ from common import (
     N_JOINTS, N_VERTS, Mano, UserError, auc, axis_angle_to_matrix, epe, f_score, pa_mpjpe,
     procrustes)
 from sources.files import (
-    cached, data_folder, drop_missing, empty_index, hand_labels, json_numbers, note_poses,
-    path_column)
+    cached, data_folder, drop_missing, empty_index, note_poses, path_column)
 from sources.index import DataSet, Index, Joints, pinhole, tight_box
+from sources.parsing import hand_labels, intrinsics, json_numbers, reading
 from sources.submission import every_sample, write_submission
 
 import numpy as np
@@ -110,6 +110,10 @@ def _parse_freihand(root: Path, home: str, tables: dict[str, str],
         counts = ", ".join(f"{kind} {len(values):,}" for kind, values in found.items())
         raise UserError(f"freihand: {root}/{home}_*.json must have one entry for each of the "
                         f"{most:,} hands; they have {counts}")
+    with reading(f"freihand: {root / home}_K.json"):
+        intrinsics(found["K"])
+        if "scale" in found and (found["scale"] <= 0).any():
+            raise ValueError(f"{home}_scale.json must hold lengths above 0")
     notes = [] if n == most else [f"{home}_*.json have {n:,} of the {most:,} hands"]
     known = "xyz" in found
     if not known:

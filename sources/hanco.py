@@ -1,14 +1,14 @@
 """HanCo (contra-hand cddbad2), with the 2D labels and the scores of HaMuCo (7a6885b)."""
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 # common before torch: it settles how threads wait
 from common import N_JOINTS, Mano, UserError, n_mpjpe, pa_mpjpe
-from sources.files import cached, data_folder, hand_labels, note_poses, path_column
+from sources.files import cached, data_folder, note_poses, path_column
 from sources.index import DataSet, Index, Joints, pinhole, poses_in_cameras
+from sources.parsing import hand_labels, intrinsics, numbers, parse_json, reading, rotations
 
 import numpy as np
 from torch import Tensor
@@ -53,35 +53,41 @@ def index_hanco(root: str | Path, split: str = "train", part: str = "", mano: di
     return note_poses(index)
 
 
-def _numbers(value: object, *dims: int) -> np.ndarray:
-    return np.array(value, float).reshape(dims)
-
-
 def _moment(root: Path, folder: str, labels: str, sequence: str, frame: str,
             there: list[set[str]]) -> list[dict]:
     """The pictures of one time step that are there."""
-    def read(top: str) -> dict | list:
-        file = root / top / sequence / f"{frame}.json"
-        return json.loads(file.read_bytes()) if top == "calib" or file.is_file() else {}
+    def file(top: str) -> Path:
+        return root / top / sequence / f"{frame}.json"
 
-    calibration = read("calib")
-    K = _numbers(calibration["K"], 8, 3, 3)
-    M = _numbers(calibration["M"], 8, 4, 4)
-    xyz = _numbers(read("xyz") or np.full((N_JOINTS, 3), np.nan), N_JOINTS, 3)
-    fit = read("shape")
-    pose, shape, trans = (_numbers(fit.get(name, np.full(n, np.nan)), n)
-                          for name, n in (("poses", 48), ("shapes", 10), ("global_t", 3)))
+    with reading(f"hanco: {file('calib')}"):
+        calibration = parse_json(file("calib").read_bytes())
+        K = intrinsics(numbers(calibration["K"], "K", 8, 3, 3))
+        M = numbers(calibration["M"], "M", 8, 4, 4)
+        rotations(M[:, :3, :3], "M")
+        if (M[:, 3] != [0, 0, 0, 1]).any():
+            raise ValueError("M must end in the row 0, 0, 0, 1")
+    xyz = np.full((N_JOINTS, 3), np.nan)
+    if file("xyz").is_file():
+        with reading(f"hanco: {file('xyz')}"):
+            xyz = numbers(parse_json(file("xyz").read_bytes()), "xyz", N_JOINTS, 3)
+    fit = {"poses": np.full(48, np.nan), "shapes": np.full(10, np.nan),
+           "global_t": np.full(3, np.nan)}
+    if file("shape").is_file():
+        with reading(f"hanco: {file('shape')}"):
+            found = parse_json(file("shape").read_bytes())
+            fit = {key: numbers(found[key], key, len(row)) for key, row in fit.items()}
     rows = []
     for camera in [c for c in range(8) if f"{frame}.jpg" in there[c]]:
-        file = root / labels / sequence / f"cam{camera}" / f"{frame}.json"
+        detected = root / labels / sequence / f"cam{camera}" / f"{frame}.json"
         label = np.full((N_JOINTS, 2), np.nan)
         sure = np.zeros(N_JOINTS)
-        if labels and file.is_file():
-            label, sure = hand_labels(file)
+        if labels and detected.is_file():
+            label, sure = hand_labels(detected)
         rows.append({"path": f"{folder}/{sequence}/cam{camera}/{frame}.jpg", "camera": camera,
                      "moment": f"{sequence}/{frame}", "K": K[camera], "cameras": M[camera],
                      "joints": xyz @ M[camera, :3, :3].T + M[camera, :3, 3], "uv_label": label,
-                     "confidence": sure, "pose": pose, "shape": shape, "trans": trans})
+                     "confidence": sure, "pose": fit["poses"], "shape": fit["shapes"],
+                     "trans": fit["global_t"]})
     return rows
 
 
@@ -95,11 +101,7 @@ def _parse_hanco(root: Path, name: str, folder: str, labels: str, names: list[st
         homes = [root / folder / sequence / f"cam{c}" for c in range(8)]
         there = [set(os.listdir(home)) if home.is_dir() else set() for home in homes]
         for file in sorted((root / "calib" / sequence).glob("*.json")):
-            try:
-                rows += _moment(root, folder, labels, sequence, file.stem, there)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UserError(f"hanco: {file} or what belongs to it is not as published "
-                                f"({type(error).__name__}: {error})") from error
+            rows += _moment(root, folder, labels, sequence, file.stem, there)
             moments += 1
     if not rows:
         raise UserError(f"{name}: not one of {moments} frames has a picture in {root / folder}")

@@ -11,10 +11,10 @@ from common import (
     matrix_to_axis_angle, n_mpjpe)
 from hand.official import PICKLE_NAMES, Recorded, Recorder, read_pickle, worked_out
 from sources.files import (
-    UNLABELLED, cached, data_folder, drop_missing, empty_index, json_numbers, note_poses,
-    path_column)
+    UNLABELLED, cached, data_folder, drop_missing, empty_index, note_poses, path_column)
 from sources.freihand import freihand_scores
 from sources.index import DataSet, Index, Joints, pinhole, rest_wrists, tight_box
+from sources.parsing import below, intrinsics, json_numbers, numbers, reading
 from sources.submission import every_sample, write_submission
 
 import numpy as np
@@ -62,7 +62,9 @@ def index_ho3d(root: str | Path, split: str = "train", mano: dict | None = None,
         return empty_index("ho3d val", root, "ho3d has no validation split")
     if not (root / f"{home}.txt").is_file():
         raise UserError(f"ho3d: {root / home}.txt is missing, which lists the frames that count")
-    frames = [line.split("/") for line in (root / f"{home}.txt").read_text().split()]
+    with reading(f"ho3d: {root / home}.txt"):
+        listed = (root / f"{home}.txt").read_text(encoding="utf-8").split()
+        frames = [below(frame, "a frame").split("/") for frame in listed]
     if not frames or {*map(len, frames)} != {2}:
         raise UserError(f"ho3d: {root / home}.txt must have one SEQUENCE/FRAME a line")
     labels = [f"{home}/{sequence}/meta/{frame}.pkl" for sequence, frame in frames]
@@ -102,11 +104,11 @@ def _label(file: Path) -> tuple[str, dict[str, np.ndarray]]:
         if "handJoints3D" not in given or "camMat" not in given:
             return UNLABELLED, values
         for key, value in given.items():
-            value = np.asarray(value, float)
-            if key == "handJoints3D" and value.shape in ((3,), (1, 3)):
-                values[key][0] = value
+            if key == "handJoints3D" and np.size(value) == 3:
+                values[key][0] = numbers(value, key, 3, unknown=True)
             else:
-                values[key] = value.reshape(LABELS[key])
+                values[key] = numbers(value, key, *LABELS[key], unknown=True)
+        intrinsics(values["camMat"])
     except FileNotFoundError:
         return "frames without a label file", values
     except UserError as error:

@@ -1,7 +1,6 @@
 """InterHand2.6M v1.0: layout, joint order and scores (facebookresearch/InterHand2.6M 5d0e456)."""
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -10,7 +9,9 @@ from common import N_JOINTS, Mano, UserError, mpjpe, n_mpjpe
 from hand.official import mirror_mano
 from sources.dexycb import ti_net_scores
 from sources.files import cached, data_folder, drop_missing, note_poses, path_column
-from sources.index import DataSet, Index, poses_in_cameras, tight_box
+from sources.index import DataSet, Index, pinhole, poses_in_cameras, tight_box
+from sources.parsing import (
+    below, numbers, one_of, parse_json, reading, rotations, whole)
 
 import numpy as np
 import torch
@@ -49,6 +50,19 @@ def index_interhand(root: str | Path, split: str = "train", part: str = "all",
     return note_poses(drop_missing(index))
 
 
+def _cameras(captures: dict) -> dict[tuple[str, str], dict[str, np.ndarray]]:
+    """campos mm, camrot, focal and princpt px of every camera, by (capture, camera)."""
+    found = {}
+    for capture, table in captures.items():
+        for camera in table["campos"]:
+            one = {key: numbers(table[key][camera], key, *dims)
+                   for key, dims in (("campos", (3,)), ("camrot", (3, 3)), ("princpt", (2,)))}
+            rotations(one["camrot"], "camrot")
+            one["focal"] = numbers(table["focal"][camera], "focal", 2, least=1e-6)
+            found[capture, camera] = one
+    return found
+
+
 def _hands(note: dict, image: dict, path: str, tables: list[dict]) -> list[dict | str]:
     """A picture's annotated hands, and the reasons where something is left out."""
     cameras, frames, fits = tables
@@ -57,8 +71,12 @@ def _hands(note: dict, image: dict, path: str, tables: list[dict]) -> list[dict 
     frame = str(image["frame_idx"])
     if frame not in frames.get(capture, {}):
         return ["pictures without 3D joints"]
-    ok = np.array(note["joint_valid"], bool).reshape(2, N_JOINTS)
-    world = np.array(frames[capture][frame]["world_coord"], float).reshape(2, N_JOINTS, 3)
+    ok = numbers(note["joint_valid"], "joint_valid", 42, least=0, most=1) > 0
+    ok = ok.reshape(2, N_JOINTS)
+    world = numbers(frames[capture][frame]["world_coord"], "world_coord", 42, 3, unknown=True)
+    world = world.reshape(2, N_JOINTS, 3)
+    numbers(note["bbox"], "bbox", 4)
+    one_of(note["hand_type_valid"], "hand_type_valid", 0, 1)
     found = []
     for number, side in enumerate(("right", "left")):
         if not ok[number, 20]:                                     # its wrist
@@ -68,11 +86,11 @@ def _hands(note: dict, image: dict, path: str, tables: list[dict]) -> list[dict 
         fit = (fits.get(capture, {}).get(frame) or {}).get(side) or {}
         found.append({
             "path": path, "id": f"{note['id']}-{side}", "side": side, "ok": ok[number],
-            "world": world[number], "R": cameras[capture]["camrot"][camera],
-            **{key: cameras[capture][key][camera] for key in ("campos", "focal", "princpt")},
-            **{key: np.reshape(fit.get(key, np.full(n, np.nan)), n)
+            "world": world[number], **cameras[capture, camera],
+            **{key: numbers(fit.get(key, [None] * n), key, n, unknown=key not in fit)
                for key, n in (("pose", 48), ("shape", 10), ("trans", 3))},
-            "annotation_id": note["id"], "image_id": note["image_id"], "capture": capture,
+            "annotation_id": whole(note["id"], "id"),
+            "image_id": whole(note["image_id"], "image_id"), "capture": capture,
             "frame": frame, "camera": camera, "bbox": note["bbox"], "hand_type": note["hand_type"],
             "hand_type_valid": note["hand_type_valid"]})
     return found
@@ -83,36 +101,42 @@ def _parse_interhand(root: Path, name: str, split: str, part: str, files: list[s
                      mano: dict | None = None) -> Index:
     """All hands of a part, from the annotation files."""
     found: list[dict | str] = []
-    try:
-        data, *tables = (json.loads((root / file).read_bytes()) for file in files[:4])
-        human = {int(i) for i in (root / files[4]).read_text().split()} if files[4:] else set()
+    tables = []
+    for file in files[:4]:
+        with reading(f"interhand: {root / file}"):
+            tables.append(parse_json((root / file).read_bytes()))
+    data, cameras, *tables = tables
+    with reading(f"interhand: {root / files[1]}"):
+        tables = [_cameras(cameras), *tables]
+    with reading(f"interhand: {root / files[0]}, or what belongs to it"):
+        listed = (root / files[4]).read_text(encoding="utf-8") if files[4:] else ""
+        human = {int(i) for i in listed.split()}
         images = {image["id"]: image for image in data["images"]}
         for note in tqdm(data["annotations"], "reading interhand", disable=len(images) < 2000):
-            two = note["hand_type"] == "interacting"
+            two = one_of(note["hand_type"], "hand_type", "right", "left", "interacting"
+                         ) == "interacting"
             by_hand = note["id"] in human
             wanted = {"all": True, "single": not two, "interacting": two, "H": by_hand,
                       "M": not by_hand}
             if wanted[part]:
                 image = images[note["image_id"]]
-                found += _hands(note, image, f"images/{split}/{image['file_name']}", tables)
+                path = below(image["file_name"], "file_name")
+                found += _hands(note, image, f"images/{split}/{path}", tables)
         rows = [row for row in found if isinstance(row, dict)]
         column = {key: np.array([row[key] for row in rows]) for key in (rows[0] if rows else ())}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"interhand: annotations/{split} is not in the layout of v1.0 "
-                        f"({type(error).__name__}: {error})") from error
     reasons = [row for row in found if isinstance(row, str)]
     dropped = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
     if not rows:
         raise UserError(f"{name}: {root} has no hand to read, left out {dropped}")
     n = len(rows)
-    R = column["R"]
+    R = column["camrot"]
     joints = np.einsum("nij,nkj->nki", R, column["world"] - column["campos"][:, None]) / 1000
     broken = (column["ok"] & ~np.isfinite(joints).all(-1)).any(1)
     joints = np.where(column["ok"][..., None], joints, np.nan)[:, INTERHAND_TO_OURS]
-    uv = joints[..., :2] / joints[..., 2:] * column["focal"][:, None] + column["princpt"][:, None]
     K = np.tile(np.eye(3), (n, 1, 1))
     K[:, [0, 1], [0, 1]] = column["focal"]
     K[:, :2, 2] = column["princpt"]
+    uv = pinhole(joints, K)
     cameras = np.tile(np.eye(4), (n, 1, 1))
     cameras[:, :3, :3] = R
     cameras[:, :3, 3] = -np.einsum("nij,nj->ni", R, column["campos"]) / 1000

@@ -4,7 +4,6 @@ The frames come from its own download script.
 """
 from __future__ import annotations
 
-import json
 import math
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -14,6 +13,7 @@ from common import (
     MANO_TO_OURS, MIDDLE_MCP, N_VERTS, TIPS, Mano, UserError, auc, epe, pa_mpjpe)
 from sources.files import cached, data_folder, drop_missing, path_column, pictures_below
 from sources.index import DataSet, Index, Joints, tight_box
+from sources.parsing import below, numbers, one_of, parse_json, reading, whole
 from sources.pictures import picture_size
 
 import numpy as np
@@ -51,7 +51,8 @@ def index_yt3d(root: str | Path, split: str = "train", mano: dict | None = None,
 def _compact(entry: dict) -> dict:
     """An annotation with its vertices as an array: lists of all of them would fill the memory."""
     if "vertices" in entry:
-        entry["vertices"] = np.array(entry["vertices"], np.float32).reshape(N_VERTS, 3)
+        found = numbers(entry["vertices"], "vertices", N_VERTS, 3, unknown=True)
+        entry["vertices"] = found.astype(np.float32)
     return entry
 
 
@@ -68,21 +69,21 @@ def _parse_yt3d(home: Path, name: str, frames: list[str], mano: dict | None = No
     """All hands of an annotation file, in the size of their frames."""
     file = home / name
     listed = set(frames)
-    try:
-        content = json.loads(file.read_bytes(), object_hook=_compact)
-        images = {image["id"]: image for image in content["images"]}
+    with reading(f"yt3d: {file}"):
+        content = parse_json(file.read_bytes(), _compact)
+        images = {whole(image["id"], "id"): image for image in content["images"]
+                  if below(image["name"], "name")}
         hands = content["annotations"]
         of = [images[hand["image_id"]] for hand in hands]
         paths = [image["name"] if image["name"] in listed
                  else Path(image["name"]).with_suffix(".jpg").as_posix() for image in of]
-        annotated = np.array([[image["width"], image["height"]] for image in of], np.float32)
-        annotated = annotated.reshape(-1, 2)
+        annotated = np.float32([[whole(image[key], key, 1, 1 << 16)
+                                 for key in ("width", "height")] for image in of]).reshape(-1, 2)
         px = np.array([hand["vertices"] for hand in hands]).reshape(-1, N_VERTS, 3)
-        side = np.array(["left" if hand["is_left"] else "right" for hand in hands])
-        ids = {key: np.array([int(hand[key]) for hand in hands]) for key in ("id", "image_id")}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"yt3d: {file} is not as published ({type(error).__name__}: {error})"
-                        ) from error
+        side = np.array(["left" if one_of(hand["is_left"], "is_left", 0, 1) else "right"
+                         for hand in hands])
+        ids = {key: np.array([whole(hand[key], key) for hand in hands])
+               for key in ("id", "image_id")}
     there = sorted({path for path in paths if path in listed})
     with ThreadPool() as pool:
         sizes = dict(zip(there, pool.map(_frame_size, [str(home / path) for path in there])))

@@ -68,10 +68,10 @@ def test_left_hands_are_mirrored_with_their_cameras(tmp_path):
 
 
 @pytest.mark.parametrize("change, said", [
-    (lambda rig: rig["cam0"].pop("K"), "must give each camera K"),
+    (lambda rig: rig["cam0"].pop("K"), "'cam0' must give a camera's K"),
     (lambda rig: rig["cam0"].update(R=[[1, 0, 0], [0, 1, 0], [0, 0, -1]]), "R is no rotation"),
     (lambda rig: rig["cam0"].update(dist=[0] * 12), "fisheye"),
-    (lambda rig: rig.update(unit_m=-1), "unit_m above 0"),
+    (lambda rig: rig.update(unit_m=-1), "unit_m must lie"),
     (lambda rig: rig.update(side="both"), "side must be left or right")])
 def test_a_wrong_cameras_json_is_named(tmp_path, change, said):
     rig_tree(tmp_path, frames=2)

@@ -49,7 +49,7 @@ def test_coco_refuses_another_layout_in_one_sentence(tmp_path):
     for people, change in (([plain], {}), ([person(1, lefthand_kpts=[0] * 62)], {}), ([person(1)], {
             "images": []}), ([person(1, righthand_box=[1, 2, 3])], {}), ([], {"annotations": 3})):
         write_coco(tmp_path, people, **change)
-        with pytest.raises(UserError, match="coco_wholebody_val_v1.0.json is not as published"):
+        with pytest.raises(UserError, match="coco_wholebody_val_v1.0.json"):
             index_coco(tmp_path, "val")
     write_coco(tmp_path, [person(1, lefthand_valid=False, righthand_valid=False)])
     with pytest.raises(UserError, match="has no valid hand"):
