@@ -3,7 +3,7 @@
     python eval.py runs/ti_net-finetune-dexycb --data dexycb=DIR  a run folder or a .pt file
     python eval.py RUN RUN ... --data NAME --scratch RUN --sheet  a fair comparison
     python eval.py RUN RUN ... --curve label_fraction             error over an option of the runs
-    python eval.py RUN --images DIR --out DIR [--obj]             photos: overlays, JSON, meshes
+    python eval.py RUN --images DIR|PHOTO|VIDEO [--obj]           your own: overlays, JSON, meshes
     python eval.py RUN --data hanco=DIR --views 0 2 5             HaMuCo with some of the cameras
     python eval.py RUN --data cameras=DIR                         your rig: fused hands, JSON, .obj
     python eval.py RUN --data freihand:centre=DIR --submit        the file that its server reads
@@ -17,8 +17,8 @@ within a distance), joints.png, visibility.png, predictions.png (best, median an
 with --sheet sheet.png. --curve reads metrics.json and config.json: `epoch` for TI-Net's Fig. 5,
 `label_fraction` or `labels` for PeCLR's Fig. 6, `freeze_blocks` for HandMIM's Fig. 7,
 `data_fraction` for HaMuCo's Fig. 3 a, and `views`, those --views tested with, for its Fig. 3 b.
-Runs share a line where they differ in nothing but the seed. --images wants a folder or a picture;
-hands are those of labels.jsonl beside it, or what MediaPipe finds.
+Runs share a line where they differ in nothing but the seed. --images wants a folder, a picture or
+a video (read by OpenCV); hands are those of labels.jsonl beside it, or what MediaPipe finds.
 
 Protocols, each named beside its numbers; the code stands in the data set's own file in sources/
     ours            all labelled samples, wrist-rooted MPJPE, Procrustes with a proper rotation, the
@@ -76,10 +76,12 @@ from hand.drawing import CURVE_COLOURS, draw_mesh, draw_skeleton, figure, label,
 from sources import (
     Hands, batches, data_name, hand_for, open_data, parse_data, read_index, scored_split)
 from sources.exports import (
-    Fused, bone_lengths, described, draw_moment, draw_photo, flat_name, obj_text, of_moment)
+    Fused, bone_lengths, described, draw_moment, draw_photo, flat_name, obj_text, of_moment,
+    overlay)
 from sources.index import PICTURES, Index, tight_box
 from sources.interhand import INTERHAND_TO_OURS
 from sources.judging import LIMITS, Exam, Row, assess
+from sources.photos import VIDEOS, frames_of, write_video
 from sources.pictures import detect_hands, read_image
 from sources.predictors import Net
 from sources.protocols import PROTOCOLS, SUBMIT, SUBMITTED_PART
@@ -96,6 +98,7 @@ import ti_net
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -689,13 +692,12 @@ def draw_curve(args: argparse.Namespace) -> None:
 
 # ---- Your own pictures ---------------------------------------------------------------------------
 
-def hands_in(args: argparse.Namespace, cache: str) -> Index:
+def hands_in(given: Path, cache: str) -> Index:
     """The hands of a folder of photos, or of one: labels.jsonl's, or those that MediaPipe finds.
 
     Unreadable photos and photos without a hand are named and counted. UserError where nothing is
     left.
     """
-    given = Path(args.images)
     if not given.exists():
         raise UserError(f"--images {given}: there is no such file or folder")
     root = given if given.is_dir() else given.parent
@@ -765,13 +767,18 @@ def chosen_output(every: dict[str, dict]) -> str:
 
 @torch.no_grad()
 def own_pictures(args: argparse.Namespace, flags: Flags, device: torch.device) -> None:
-    """--images: every hand of a folder of photos; overlays, hands.json, with --obj meshes."""
+    """--images: every hand of a photo, a folder of them or a video, see `--help`."""
     if len(args.run) != 1:
         raise UserError("--images wants one run")
     net = load_net(args.run[0], args.mano)
     net.model.to(device)
-    out = Path(args.out or net.folder / f"images-{Path(args.images).stem}")
-    index = hands_in(args, flags.cache)
+    given = Path(args.images)
+    out = Path(args.out or net.folder / f"images-{given.stem}")
+    film = given.suffix.lower() in VIDEOS and given.is_file()
+    if film:
+        rate = frames_of(given, out / "frames")
+        given = out / "frames"
+    index = hands_in(given, flags.cache)
     known = with_cameras(index)
     data = Hands(index, net.side, net.margin)
     out.mkdir(parents=True, exist_ok=True)
@@ -787,21 +794,27 @@ def own_pictures(args: argparse.Namespace, flags: Flags, device: torch.device) -
             raise UserError(f"--obj: {net.row} predicts joints only, so there is no mesh to write")
         for row, hand in zip(batch["index"].tolist(), described(batch, pred, index, known)):
             hands.setdefault(index.path(row), []).append(hand)
-    for path, found in tqdm(hands.items(), "drawing", unit="photo"):
-        draw_photo(out, Path(index.root), path, found, faces)
-        for k, hand in enumerate(found):
-            if args.obj:
-                upright = hand["verts"] * torch.tensor([1.0, -1, -1])     # as viewers expect: y up
-                mesh = obj_text(upright, faces, hand["side"])
-                (out / f"{flat_name(path)}-{k}.obj").write_text(mesh)
+    if film:
+        frames = tqdm(sorted(Path(index.root).glob("*.jpg")), "drawing", unit="frame")
+        write_video(out / "overlay.mp4", (
+            overlay(Image.open(file), hands.get(file.name, []), faces) for file in frames), rate)
+    else:
+        for path, found in tqdm(hands.items(), "drawing", unit="photo"):
+            draw_photo(out, Path(index.root), path, found, faces)
+    for path, k, hand in ((path, k, hand) for path, found in hands.items() if args.obj
+                          for k, hand in enumerate(found)):
+        upright = hand["verts"] * torch.tensor([1.0, -1, -1])             # as viewers expect: y up
+        mesh = obj_text(upright, faces, hand["side"])
+        (out / f"{flat_name(path)}-{k}.obj").write_text(mesh)
     public = [{key: x for key, x in hand.items() if key != "verts"}
               for found in hands.values() for hand in found]
     (out / "hands.json").write_text(json.dumps(public, indent=1, allow_nan=False) + "\n")
     scale = "the scale is metric where K was given"
     if not known.any():
         scale = "no K was given: focal length is the diagonal, 3D is up to scale"
-    say(f"wrote {out}: {len(public):,} hands in {len(hands):,} photos, hands.json, a picture of "
-        "each" + ", .obj" * args.obj + f"; {scale}")
+    drawn = "overlay.mp4" if film else "a picture of each"
+    say(f"wrote {out}: {len(public):,} hands in {len(hands):,} photos, hands.json, {drawn}"
+        + ", .obj" * args.obj + f"; {scale}")
 
 
 # ---- Your own cameras ----------------------------------------------------------------------------
@@ -942,7 +955,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--curve", default="", metavar="FIELD",
         help="draw --metric over an option, `epoch`, `labels` or the tested `views`")
     add("--metric", default="mpjpe_mm", metavar="NAME", help="of --curve (default mpjpe_mm)")
-    add("--images", default="", metavar="DIR|FILE", help="predict your own photos")
+    add("--images", default="", metavar="DIR|FILE", help="predict your own photos or a video")
     add("--obj", action="store_true", help="with --images: write each hand's mesh")
     add("--views", nargs="+", type=int, default=[], metavar="N",
         help="HaMuCo: test with the first N cameras, or with those of several numbers (0 2 5)")

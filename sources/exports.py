@@ -1,6 +1,7 @@
 """What predictions of your own pictures become: JSON, overlays and meshes."""
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ def flat_name(path: str) -> str:
 
 def obj_text(verts: Tensor, faces: Tensor, side: str) -> str:
     """A mesh (M, 3) as the text of an .obj file; a left hand's triangles turn the other way."""
-    order = faces[:, [0, 2, 1]] if side == "left" else faces
+    order = turned_faces(faces, {"side": side})
     return ("".join(f"v {x:.6f} {y:.6f} {z:.6f}\n" for x, y, z in verts.tolist())
             + "".join(f"f {a + 1} {b + 1} {c + 1}\n" for a, b, c in order.tolist()))
 
@@ -62,35 +63,70 @@ def described(batch: dict, pred: dict[str, Tensor], index: Index, known: np.ndar
     return out
 
 
-def draw_photo(out: Path, root: Path, path: str, hands: list[dict], faces: Tensor) -> None:
-    """OUT/PHOTO.png: the photo with every hand's mesh and bones, two sides of each beside it."""
-    photo = Image.fromarray(read_image(root / path))
+def overlay(photo: Image.Image, hands: list[dict], faces: Tensor) -> Image.Image:
+    """A photo of 640 to 1,280 px with the mesh and the bones of every hand over it."""
     s = min(max(1.0, SMALLEST / max(photo.size)), LARGEST / max(photo.size))
     size = (round(photo.width * s), round(photo.height * s))
-    image = photo.resize(size, Image.Resampling.LANCZOS)
+    drawn = photo.resize(size, Image.Resampling.LANCZOS)
     A = np.array([[s, 0, (s - 1) / 2], [0, s, (s - 1) / 2], [0, 0, 1]])  # x to (x + 0.5) s - 0.5
-    drawn = image
     for hand in hands:
         verts = hand.get("verts", torch.zeros(1, 3))
         if verts.isfinite().all() and (verts[:, 2] > 0.02).all():             # before the camera
-            order = faces[:, [0, 2, 1]] if hand["side"] == "left" else faces
             K = torch.tensor(A @ np.array(hand["K"])).float()
-            drawn = draw_mesh(drawn, verts, order, K, alpha=0.75)
+            drawn = draw_mesh(drawn, verts, turned_faces(faces, hand), K, alpha=0.75)
     for hand in hands:
-        uv = np.array(hand["uv"]) * s + (s - 1) / 2
-        drawn = draw_bones(drawn, uv)
-    side = max(120, min(300, drawn.height // max(1, len(hands))))
-    beside = Image.new("RGB", (2 * side, max(drawn.height, side * len(hands))), "white")
-    for k, hand in enumerate(hands):
-        for j, turn in enumerate((90.0, -45.0)):
-            cell = draw_side(np.array(hand["joints"]), side, turn=turn)
-            beside.paste(cell, (j * side, k * side))
-        top = beside.crop((0, k * side, side, k * side + 24))
-        beside.paste(label(top, f"{hand['side']} hand", 13), (0, k * side))
-    sheet_ = Image.new("RGB", (drawn.width + beside.width, beside.height), "white")
-    sheet_.paste(drawn, (0, 0))
-    sheet_.paste(beside, (drawn.width, 0))
-    save_png(out / f"{flat_name(path)}.png", sheet_)
+        drawn = draw_bones(drawn, np.array(hand["uv"]) * s + (s - 1) / 2)
+    return drawn
+
+
+def turned_faces(faces: Tensor, hand: dict) -> Tensor:
+    """Triangles (F, 3) that face outwards: a left hand's, which was mirrored, the other way."""
+    return faces[:, [0, 2, 1]] if hand["side"] == "left" else faces
+
+
+def from_sides(hands: list[dict], faces: Tensor, height: int) -> Image.Image:
+    """Each hand from its right and, as a mesh if there is one, from its left, all to one scale."""
+    side = max(150, min(300, height // max(1, len(hands))))
+    every = [np.array(hand["joints"]) for hand in hands]
+    reach = 0.75 * max((float(np.ptp(joints, axis=0).max()) for joints in every), default=0.1)
+    out = Image.new("RGB", (2 * side, max(height, side * len(hands))), "white")
+    for k, (hand, joints) in enumerate(zip(hands, every)):
+        cell = draw_side(joints, side, turn=90.0, reach=reach)
+        out.paste(titled(cell, f"{hand['side']} hand, seen from the right"), (0, k * side))
+        cell = draw_side(joints, side, turn=-45.0, reach=reach)
+        if "verts" in hand and hand["verts"].isfinite().all():
+            cell = mesh_from(hand["verts"], turned_faces(faces, hand), side, -45.0, reach)
+        out.paste(titled(cell, "seen from the left, 45 degrees"), (side, k * side))
+    return out
+
+
+def titled(cell: Image.Image, text: str) -> Image.Image:
+    """A drawing with a text in its upper left corner; the lower one has the scale."""
+    cell.paste(label(cell.crop((0, 0, cell.width, 22)), text, 11), (0, 0))
+    return cell
+
+
+def mesh_from(verts: Tensor, faces: Tensor, size: int, turn: float, reach: float) -> Image.Image:
+    """A mesh (M, 3) m as `draw_side` shows joints: `turn` degrees round, `reach` m to an edge."""
+    angle = math.radians(turn)
+    c, s = math.cos(angle), math.sin(angle)
+    look = torch.tensor([[c, 0, s], [0, 1, 0], [-s, 0, c]], dtype=verts.dtype)
+    low, high = verts.aminmax(dim=0)
+    far = 30 * reach                                        # so far that nothing looks nearer
+    moved = (verts - (low + high) / 2) @ look.mT + torch.tensor([0, 0, far], dtype=verts.dtype)
+    focal, middle = far * size / 2 / reach, (size - 1) / 2
+    K = torch.tensor([[focal, 0, middle], [0, focal, middle], [0, 0, 1]])
+    return draw_mesh(Image.new("RGB", (size, size), "white"), moved, faces, K, alpha=1.0)
+
+
+def draw_photo(out: Path, root: Path, path: str, hands: list[dict], faces: Tensor) -> None:
+    """OUT/PHOTO.png: the photo with all its hands, two sides of each beside it."""
+    drawn = overlay(Image.fromarray(read_image(root / path)), hands, faces)
+    beside = from_sides(hands, faces, drawn.height)
+    both = Image.new("RGB", (drawn.width + beside.width, beside.height), "white")
+    both.paste(drawn, (0, 0))
+    both.paste(beside, (drawn.width, 0))
+    save_png(out / f"{flat_name(path)}.png", both)
 
 
 def draw_bones(image: Image.Image, uv: np.ndarray) -> Image.Image:

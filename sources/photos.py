@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 
 # common before torch: it settles how threads wait
 from common import UserError, barrier, rank, say
@@ -72,3 +74,54 @@ def _cut_hand(picture: np.ndarray, xy: np.ndarray, margin: float, left: bool) ->
     out = Image.fromarray(picture).crop(box)
     out = out.resize((min(out.width, 512),) * 2, Image.Resampling.LANCZOS)
     return ImageOps.mirror(out) if left else out
+
+
+# ---- Videos --------------------------------------------------------------------------------------
+
+VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
+
+
+def _opencv(file: Path) -> ModuleType:
+    """OpenCV, which comes with MediaPipe; UserError where it is missing."""
+    try:
+        import cv2
+    except ImportError:
+        raise UserError(f"{file}: reading a video needs OpenCV (pip install opencv-python-headless)"
+                        "; without it give a folder of its frames") from None
+    return cv2
+
+
+def frames_of(video: Path, folder: Path) -> float:
+    """Write a video's frames to folder/000001.jpg, ...; returns how many there are in a second.
+
+    UserError where OpenCV is missing or cannot read the file.
+    """
+    cv2 = _opencv(video)
+    stream = cv2.VideoCapture(str(video))
+    rate = stream.get(cv2.CAP_PROP_FPS) or 25.0
+    folder.mkdir(parents=True, exist_ok=True)
+    count = 0
+    while True:
+        there, frame = stream.read()
+        if not there:
+            break
+        count += 1
+        Image.fromarray(frame[:, :, ::-1]).save(folder / f"{count:06d}.jpg", quality=95)
+    if not count:
+        raise UserError(f"{video}: OpenCV finds no frame in it; give a folder of its frames")
+    say(f"{video}: {count:,} frames, {rate:.4g} a second, written to {folder}")
+    return rate
+
+
+def write_video(path: Path, pictures: Iterable[Image.Image], rate: float) -> None:
+    """Pictures of one size as a video (.mp4), `rate` a second."""
+    cv2 = _opencv(path)
+    writer = None
+    for picture in pictures:
+        frame = np.asarray(picture.convert("RGB"))[: picture.height // 2 * 2,
+                                                   : picture.width // 2 * 2, ::-1]
+        if writer is None:
+            kind = cv2.VideoWriter_fourcc(*"mp4v")
+            writer = cv2.VideoWriter(str(path), kind, rate, frame.shape[1::-1])
+        writer.write(np.ascontiguousarray(frame))
+    writer.release()

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+import sys
 import types
 import zipfile
 
@@ -457,6 +458,43 @@ def test_one_photo_and_nothing_to_find(here, monkeypatch):
         judge.main(["run", "--images", "p/none.png", "--out", "o", *HERE])
     with pytest.raises(UserError, match="there is no such file or folder"):
         judge.main(["run", "--images", "absent", *HERE])
+
+
+class StandInVideo:
+    """What OpenCV does with a video: three frames of 201 x 121 px in its order of colours, blue first."""
+    CAP_PROP_FPS, written = 5, []
+
+    def VideoCapture(self, name):
+        frames = [np.full((121, 201, 3), (200, 100, k), np.uint8) for k in (0, 90, 180)]
+        return type("Stream", (), {"get": lambda _, what: 12.5,
+                                   "read": lambda _: (bool(frames), frames.pop(0) if frames else None)})()
+
+    def VideoWriter_fourcc(self, *letters):
+        return "".join(letters)
+
+    def VideoWriter(self, path, kind, rate, size):
+        self.opened = (path, kind, rate, size)
+        return type("Writer", (), {"write": lambda _, frame: self.written.append(frame), "release": lambda _: None})()
+
+
+def test_a_video_comes_back_with_its_hands_drawn(here, monkeypatch):
+    """Frames without a hand are in it too, colours are not swapped, sides are even as the codec wants them."""
+    run_of(here / "run")
+    seen = {0: stand_in_detector, 90: lambda picture: [], 180: stand_in_detector}
+    monkeypatch.setattr(judge, "detect_hands", lambda picture: next(
+        find for red, find in seen.items() if abs(red - int(picture[0, 0, 0])) < 9)(picture[:120]))
+    video = StandInVideo()
+    monkeypatch.setitem(sys.modules, "cv2", video)
+    (here / "clip.MP4").write_bytes(b"")
+    judge.main(["run", "--images", "clip.MP4", "--out", "o", *HERE])
+    hands = json.loads((here / "o" / "hands.json").read_text())
+    assert [hand["path"] for hand in hands] == ["000001.jpg"] * 2 + ["000003.jpg"] * 2
+    assert video.opened == ("o/overlay.mp4", "mp4v", 12.5, (640, 384)) and len(video.written) == 3
+    assert np.abs(video.written[1].mean((0, 1)) - (200, 100, 90)).max() < 3            # blue, green, red, as it came
+    assert not list((here / "o").glob("*.png"))
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(UserError, match="clip.MP4: reading a video needs OpenCV"):
+        judge.main(["run", "--images", "clip.MP4", "--out", "o2", *HERE])
 
 
 def test_without_mediapipe_one_sentence_says_so(monkeypatch):

@@ -130,4 +130,10 @@ FAULTS = [
      "come_back_in_world_axes"),
     ("hand/render.py", "plane.permute(2, 1, 0).flatten(0, 1)", "plane.permute(2, 1, 0).reshape(-1, len(at))",
      "hand/test_render.py", "beside_the_picture"),
+    # photos and videos
+    ("sources/photos.py", "Image.fromarray(frame[:, :, ::-1])", "Image.fromarray(frame)", MORE, "a_video_comes_back"),
+    ("sources/photos.py", ": picture.width // 2 * 2, ::-1]", ": picture.width // 2 * 2]", MORE, "a_video_comes_back"),
+    ("eval.py", "overlay(Image.open(file), hands.get(file.name, []), faces) for file in frames), rate)",
+     "overlay(Image.open(file), hands[file.name], faces) for file in frames if file.name in hands), rate)", MORE,
+     "a_video_comes_back"),
 ]
