@@ -1118,7 +1118,11 @@ class Flags:
     backgrounds: str = arg("", "folder of pictures behind synthetic hands (default: procedural)")
     mano: str = arg("", "MANO_RIGHT.pkl or .npz (default: data/mano/MANO_RIGHT.pkl if there, else "
                         "the built-in hand; `builtin` forces that)")
-    cache: str = arg("cache", "folder for rendered hands and indexes of large data sets")
+    cache: str = arg("cache", "folder for rendered hands, squares of pictures that were read, and "
+                              "indexes of large data sets")
+    keep: float = arg(0.25, "share of the free disk that squares of one data set may fill in "
+                            "--cache; 0: pictures are decoded whenever they are read",
+                      least=0, most=1)
     row: str = arg("", "name of the row (default: what made --init, and the data it was trained "
                        "on)", stage="finetune")
     seed: int = arg(0, "seed of every random draw", most=2 ** 64 - 1)

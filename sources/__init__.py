@@ -42,7 +42,7 @@ import dataclasses
 import inspect
 import math
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 # common before torch: it settles how threads wait
 from common import Mano, UserError, permutation, say
@@ -51,9 +51,10 @@ from sources import cameras, coco, dexycb, folder, freihand, hanco, ho3d, interh
 from sources.hands import Hands
 from sources.index import Index, Joints
 from sources.loader import Joined, Rows, Source, Targets
+from sources.squares import keep_squares
 from sources.steps import batches, training_steps
 from sources.synthetic import Cached, Synthetic
-from sources.views import Cameras, Views
+from sources.views import Cameras, Rig, Views
 
 import numpy as np
 import torch
@@ -77,18 +78,11 @@ class Options(Protocol):
     root: str
     mano: str
     cache: str
+    keep: float
     samples: int | None
     seed: int
     backgrounds: str
     label_fraction: float
-
-
-class Rig(NamedTuple):
-    """How multi-view samples are asked for; two are the noise of rendered labels."""
-    views: int = 1                  # V, the first cameras; samples get a leading axis V
-    outliers: float = 0.1           # see Synthetic
-    detector: float = 1.0
-    cameras: tuple[int, ...] = ()   # which of these, in this order; all where none is named
 
 
 # ---- Names ---------------------------------------------------------------------------------------
@@ -176,6 +170,7 @@ def open_data(cfg: Options, specs: tuple[str, ...], split: str, size: int, margi
     if cfg.root and len(specs) > 1:
         raise UserError("--root names the folder of one data set; write NAME=DIR for each of "
                         "several")
+    room = 0 if split == "test" or live else cfg.keep       # what is looked at once is not kept
     live = live or (device.type != "cpu" and len(specs) == 1)
     found: list[Source] = []
     for spec in specs:
@@ -183,7 +178,7 @@ def open_data(cfg: Options, specs: tuple[str, ...], split: str, size: int, margi
             found.append(_rendered(cfg, spec, split, size, margin, rig or Rig(),
                                    device if live else None))
         else:
-            found.append(_read(cfg, spec, split, size, margin, labelled, unlabelled, rig))
+            found.append(_read(cfg, spec, split, size, margin, room, labelled, unlabelled, rig))
     data = found[0] if len(found) == 1 else Joined(found)
     if labelled and cfg.label_fraction < 1:
         every = np.arange(len(data))
@@ -211,8 +206,8 @@ def _rendered(cfg: Options, spec: str, split: str, size: int, margin: float, rig
     return Cameras(data, rig.cameras) if rig.cameras and rig.views > 1 else data
 
 
-def _read(cfg: Options, spec: str, split: str, size: int, margin: float, labelled: bool,
-          unlabelled: bool, rig: Rig | None) -> Source:
+def _read(cfg: Options, spec: str, split: str, size: int, margin: float, room: float,
+          labelled: bool, unlabelled: bool, rig: Rig | None) -> Source:
     """A data set that lies in a folder."""
     name, part, place = parse_data(spec)
     place = place or cfg.root
@@ -232,9 +227,10 @@ def _read(cfg: Options, spec: str, split: str, size: int, margin: float, labelle
             raise UserError(f"{spec}: not one hand has joints or a pose, so none can be learnt "
                             "from")
     say(index.summary())
+    hands = Hands(index, size, margin, keep_squares(index, size, margin, Path(cfg.cache), room))
     if rig is None or "camera" not in index.columns:
-        return Hands(index, size, margin)
-    data = Views(Hands(index, size, margin), rig.views, rig.cameras)
+        return hands
+    data = Views(hands, rig.views, rig.cameras)
     say(f"{name}: {len(data):,} moments of up to {rig.views} cameras, "
         f"{int((data.rows < 0).sum()):,} of their pictures missing")
     return data

@@ -11,7 +11,7 @@ from sources.index import MIRROR, SAMPLE_COLUMNS, Index
 from sources.loader import Source
 from sources.pictures import cut_square, picture_size, read_image, undistort_picture
 from sources.reading import read_items
-from sources.squares import Kept, keep_squares
+from sources.squares import Kept
 
 import numpy as np
 import torch
@@ -26,20 +26,16 @@ class Hands(Source):
     where the data set says nothing. uv never stands in for a missing uv_label: a label that is the
     truth would teach it, and score without error. A picture that breaks after the index was checked
     is named on stderr and gives a black image with every `has` False: batches and resumed runs stay
-    the same.
+    the same. `kept` holds the squares that were read before, and gets those that are read.
     """
 
-    def __init__(self, index: Index, size: int, margin: float):
+    def __init__(self, index: Index, size: int, margin: float, kept: Kept | None = None):
         self.index = index
         self.size = size
         self.margin = margin
         self.name = index.name
         self.box_source = index.box_source
-        self.kept: Kept | None = None                       # squares that were read before
-
-    def keep(self, folder: Path, share: float) -> None:
-        """Keep the squares that are read from now on, see `keep_squares`."""
-        self.kept = keep_squares(self.index, self.size, self.margin, folder, share)
+        self.kept = kept
 
     def __len__(self) -> int:
         return len(self.index)

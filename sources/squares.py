@@ -140,9 +140,9 @@ def keep_squares(index: Index, size: int, margin: float, folder: Path, share: fl
     settings = (VERSION, index.name, os.path.realpath(index.root), size, margin)
     words = re.sub(r"\W+", "-", index.name) + "-" + _digest([repr(settings).encode()])[:8]
     path = folder / f"{words}-{_digest(_content(index))[:16]}.squares"
-    there = path.stat().st_blocks * 512 if path.is_file() else 0
-    room = shutil.disk_usage(next(p for p in (folder, *folder.resolve().parents) if p.exists()))
-    free = room.free + there
+    there = _room_of(path) if path.is_file() else 0
+    home = next(place for place in (folder, *folder.resolve().parents) if place.is_dir())
+    free = shutil.disk_usage(home).free + there
     if need > share * free:
         say(f"{index.name}: its squares would fill {need / 1e9:.1f} of the {free / 1e9:.1f} GB "
             f"free in --cache {folder}, more than the share --keep {share:g} allows, so its "
@@ -154,9 +154,15 @@ def keep_squares(index: Index, size: int, margin: float, folder: Path, share: fl
         f"{have:,} of {n:,} are there")
     for old in sorted(folder.glob(f"{words}-*.squares")) if rank() == 0 else []:
         if old != path:
-            say(f"{old}: {old.stat().st_blocks * 512 / 1e9:.2f} GB of the same data with other "
-                "rows or pictures; delete it if no run needs it")
+            say(f"{old}: {_room_of(old) / 1e9:.2f} GB of the same data with other rows or "
+                "pictures; delete it if no run needs it")
     return kept
+
+
+def _room_of(file: Path) -> int:
+    """Bytes that a file takes on the disk, without its holes where the system tells."""
+    stat = file.stat()
+    return 512 * stat.st_blocks if hasattr(stat, "st_blocks") else stat.st_size
 
 
 def _content(index: Index) -> Iterable[bytes]:

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from sources.files import locked
 from sources.loader import Source
 from sources.pictures import read_image
 from sources.reading import to_device
+from sources.squares import Kept
 
 import numpy as np
 import torch
@@ -479,12 +479,11 @@ def _wallpapers(folder: Path, size: int) -> Tensor:
 
 
 class Cached(Source):
-    """A `Synthetic` rendered once on the CPU into a memory-mapped file; `.batch` gives those bits.
+    """A `Synthetic` rendered once on the CPU and `Kept`; `.batch` gives those bits.
 
     The size is printed first. The file's name holds a hash of every parameter, the hand, the
-    backgrounds and the first block as rendered now, so a stale file is never used. It is written
-    block by block under another name, locked, and renamed when whole: a killed run goes on where it
-    stopped, and of several processes one renders while the others wait.
+    backgrounds and the first block as rendered now, so a stale file is never used. A killed run
+    goes on where it stopped, and of several processes one renders while the others wait.
     UserError where the disk has no room.
     """
 
@@ -499,13 +498,10 @@ class Cached(Source):
             mark.update(name.encode() + np.asarray(value).tobytes())
         if source.backgrounds is not None:
             mark.update(source.backgrounds.numpy())
-        self.path = Path(folder) / f"{source.name}-{mark.hexdigest()[:16]}.bin"
-        try:
-            if not self.path.exists():
-                self._write(first.dtype.itemsize)
-        except OSError as error:
-            raise UserError(f"--cache {folder}: cannot be written ({error.strerror})") from None
-        self.file = np.memmap(self.path, first.dtype, "r", shape=(len(source),))
+        path = Path(folder) / f"{source.name}-{mark.hexdigest()[:16]}.squares"
+        self.kept = Kept(path, first.dtype, len(source))
+        if not self.kept.marks.all():
+            self._render()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -519,26 +515,35 @@ class Cached(Source):
             out[key] = x
         return out
 
-    def _write(self, item: int) -> None:
-        """Render every block into the file; `item` bytes a sample."""
-        n = len(self.source)
-        part = self.path.with_suffix(".part")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        need = n * item
-        free = shutil.disk_usage(self.path.parent).free
-        print(f"rendering {n} samples of {self.source.name} into {self.path}: {need / 1e6:.0f} MB")
-        with locked(self.path.with_suffix(".lock")):
-            if self.path.exists():                          # another process was faster
-                return
-            with open(part, "ab") as file:
-                done = file.tell() // (BLOCK * item)
-                if need - done * BLOCK * item > free:
-                    raise UserError(f"--cache {self.path.parent}: {need / 1e6:.0f} MB needed, "
-                                    f"{free / 1e6:.0f} MB free; lower --samples or --image-size")
-                file.truncate(done * BLOCK * item)
-                for block in tqdm(range(done, -(-n // BLOCK)), "rendering", unit="block"):
-                    file.write(self._records(block)[:n - BLOCK * block].tobytes())
-            os.replace(part, self.path)
+    def _render(self) -> None:
+        """Render every block that is not there."""
+        kept = self.kept
+        print(f"rendering {kept.n} samples of {self.name} into {kept.path}: "
+              f"{kept.whole / 1e6:.0f} MB")
+        with locked(kept.path.with_suffix(".lock")):
+            need = kept.missing()
+            free = shutil.disk_usage(kept.path.parent).free
+            if need > free:
+                raise UserError(f"--cache {kept.path.parent}: {need / 1e6:.0f} MB needed, "
+                                f"{free / 1e6:.0f} MB free; lower --samples or --image-size")
+            blocks = np.unique(np.flatnonzero(kept.marks == 0) // BLOCK).tolist()
+            for block in tqdm(blocks, "rendering", unit="block"):
+                self._keep(block)
+
+    def _keep(self, block: int) -> None:
+        """Render one block; UserError where the disk is full."""
+        first = BLOCK * block
+        self.kept.write(first, self._records(block)[:self.kept.n - first])
+        if self.kept.full:
+            raise UserError(f"--cache {self.kept.path.parent}: is full; make room, or lower "
+                            "--samples or --image-size")
+
+    def _found(self, rows: list[int]) -> np.ndarray:
+        """The records (B,) of some samples; what a power cut tore is rendered again."""
+        for row in rows:
+            if self.kept.read(row) is None:
+                self._keep(row // BLOCK)
+        return self.kept.records[rows]
 
     def gives(self, key: str) -> bool:
         """See `Source`."""
@@ -550,7 +555,7 @@ class Cached(Source):
 
     def targets(self, rows: Tensor) -> dict:
         """See `Source`."""
-        found = self.file[self.source.rows(rows)]
+        found = self._found(self.source.rows(rows))
         values = {key: torch.from_numpy(found[key].copy()) for key in found.dtype.names
                   if key != "image"}
         side = torch.full((len(rows),), float(self.source.size))
@@ -559,6 +564,6 @@ class Cached(Source):
     def batch(self, index: Tensor, device: torch.device | str = "cpu") -> dict:
         """As `Synthetic.batch`, read back: the bits of its CPU rendering, whatever the device."""
         rows = self.source.rows(index)
-        found = self.file[rows]
+        found = self._found(rows)
         values = {key: torch.from_numpy(found[key].copy()).to(device) for key in found.dtype.names}
         return self.source.finish(values, rows)

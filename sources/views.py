@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 # common before torch: it settles how threads wait
 from common import UserError
@@ -13,6 +14,14 @@ from sources.reading import read_items
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class Rig(NamedTuple):
+    """How multi-view samples are asked for; two are the noise of rendered labels."""
+    views: int = 1                  # V, the first cameras; samples get a leading axis V
+    outliers: float = 0.1           # see Synthetic
+    detector: float = 1.0
+    cameras: tuple[int, ...] = ()   # which of these, in this order; all where none is named
 
 
 class Views(Source):

@@ -64,6 +64,18 @@ FAULTS = [
     ("sources/parsing.py", 'key = f"hand_{side}_keypoints_2d"', 'key = "hand_right_keypoints_2d"', "sources/test_files.py", "both_layouts"),
     ("sources/parsing.py", "known = np.isfinite(uv).all(1) & (sure > 0)", "known = np.isfinite(uv).all(1)", "sources/test_files.py", "both_layouts"),
     ("sources/files.py", 'if name[0] != "." and name.lower()', "if name.lower()", "sources/test_folder.py", "hidden"),
+    # squares that are kept
+    ("sources/squares.py", "if _checksum(self.bytes[row]) != mark:", "if False:", "sources/test_squares.py", "torn_record"),
+    ("sources/squares.py", "                _write(file, raw.tobytes())\n", "                _write(file, raw.tobytes()[:-9])\n", "sources/test_squares.py", "to_the_bit"),
+    ("sources/squares.py", "self.checked[row] = 1", "pass", "sources/test_squares.py", "torn_record"),
+    ("sources/squares.py", 'yield f"{stat.st_size} {stat.st_mtime_ns} ".encode()', "pass", "sources/test_squares.py", "changed_picture"),
+    ("sources/squares.py", 'names = ["paths", "side", "box"]', 'names = ["paths", "side"]', "sources/test_squares.py", "changed_picture"),
+    ("sources/squares.py", "os.path.realpath(index.root), size, margin)", "os.path.realpath(index.root), size)", "sources/test_squares.py", "changed_picture"),
+    ("sources/squares.py", "if need > share * free:", "if need > free:", "sources/test_squares.py", "without_room"),
+    ("sources/squares.py", "            self.full = True\n", "            raise\n", "sources/test_squares.py", "without_room"),
+    ("sources/hands.py", "        if self.kept:\n            self.kept.write(row,", "        if self.kept:\n            self.kept.write(0,", "sources/test_squares.py", "to_the_bit"),
+    ("sources/__init__.py", 'room = 0 if split == "test" or live else cfg.keep', "room = cfg.keep", "sources/test_squares.py", "looked_at_once"),
+    ("sources/synthetic.py", "            if self.kept.read(row) is None:\n", "            if False:\n", "sources/test_synthetic.py", "killed_cache"),
     # pictures
     ("sources/pictures.py", "picture = ImageOps.exif_transpose(file)", "picture = file", "sources/test_pictures.py", "exif"),
     ("sources/pictures.py", "if file.width * file.height > MAX_PIXELS:", "if False:", "sources/test_pictures.py", "refused_by_name"),

@@ -1,4 +1,5 @@
 """The synthetic hands against their labels, their draws, their noise and their cache."""
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -251,34 +252,38 @@ def test_cache_equals_live_rendering_and_is_written_once(tmp_path, capsys):
     for key, value in a.items():
         if isinstance(value, torch.Tensor):
             assert value.dtype == b[key].dtype and torch.equal(value, b[key]), key
-    before = cached.path.stat().st_mtime_ns
+    before = cached.kept.path.stat().st_mtime_ns
     again = Cached(Synthetic(64, samples=40), tmp_path)
-    assert again.path == cached.path and again.path.stat().st_mtime_ns == before
-    assert {p.name for p in tmp_path.iterdir()} == {cached.path.name, cached.path.with_suffix(".lock").name}
+    assert again.kept.path == cached.kept.path and again.kept.path.stat().st_mtime_ns == before
+    assert {p.name for p in tmp_path.iterdir()} == {cached.kept.path.name, cached.kept.path.with_suffix(".lock").name}
 
 
 def test_cache_of_other_settings_is_another_file(tmp_path):
     kinds = [{}, {"margin": 1.6}, {"calm": True}, {"occluders": False}, {"seed": 1},
              {"part": "val"}, {"domain": "B"}, {"outliers": 0.2}]
-    paths = {Cached(Synthetic(64, **{"samples": 16} | kind), tmp_path).path for kind in kinds}
+    paths = {Cached(Synthetic(64, **{"samples": 16} | kind), tmp_path).kept.path for kind in kinds}
     hand = dict(builtin_hand())
     hand["hands_mean"] = hand["hands_mean"] + 1e-9              # changes no picture
-    paths.add(Cached(Synthetic(64, samples=16, hand=hand), tmp_path).path)
-    paths.add(Cached(Synthetic(64, samples=20), tmp_path).path)
+    paths.add(Cached(Synthetic(64, samples=16, hand=hand), tmp_path).kept.path)
+    paths.add(Cached(Synthetic(64, samples=20), tmp_path).kept.path)
     assert len(paths) == len(kinds) + 2
 
 
 def test_a_killed_cache_goes_on_where_it_stopped(tmp_path):
-    data = Synthetic(64, samples=64)
-    whole = Cached(data, tmp_path)
+    data = Synthetic(64, samples=56)
+    whole = Cached(data, tmp_path).kept
     content = whole.path.read_bytes()
-    part = whole.path.with_suffix(".part")
-    part.write_bytes(content[:len(content) // 2 + 777])        # two blocks and a piece of the third
-    whole.path.unlink()
+    with open(whole.path, "r+b") as file:                       # blocks 0 and 2; the third is marked but not all there
+        file.write(np.where(np.isin(np.arange(56) // 16, (0, 2)), whole.marks, 0).tobytes())
+        file.seek(whole.whole - 17 * whole.record.itemsize)
+        file.write(bytes(5000))
     drawn, plain = [], data.block
     data.block = lambda index: drawn.append(int(index[0])) or plain(index)
-    assert Cached(data, tmp_path).path.read_bytes() == content and not part.exists()
-    assert drawn == [0, 32, 48]                                 # 0: the block that names the file
+    again = Cached(data, tmp_path)
+    assert drawn == [0, 16, 48]                                 # 0: the block that names the file
+    fresh, torn = again.batch(torch.arange(36)), again.batch(torch.tensor([39]))
+    assert drawn == [0, 16, 48, 32] and again.kept.path.read_bytes() == content
+    assert torch.equal(torch.cat([fresh["image"], torn["image"]]), data.batch(torch.tensor([*range(36), 39]))["image"])
 
 
 def test_backgrounds_come_from_the_folder_and_bad_ones_are_named(tmp_path):
