@@ -86,24 +86,31 @@ def encoded(net: nn.Module, script: str, data: Source, n: int, size: int) -> dic
     return {key: torch.cat(x) for key, x in parts.items()}
 
 
-def ridge(X: dict[str, Tensor], Y: dict[str, Tensor], axes: int) -> Tensor:
-    """Closed-form ridge regression: X, Y (n, d) of train, val and test -> errors of test hands (m,).
+def ridge(X: dict[str, Tensor], targets: dict[str, tuple[dict[str, Tensor], int]]
+          ) -> dict[str, Tensor]:
+    """Closed-form ridge regression: errors (m,) of test hands for each of some targets.
 
-    Features have mean 0 and deviation 1 on train, where the sums are over n hands; the weight is the
-    one of RIDGES with the least error on val, and test is looked at once. `axes` of a point: 3 or 2.
+    X (n, d) of train, val and test; of a target Y (n, points x axes) and its axes, 3 or 2. Features
+    have mean 0 and deviation 1 on train; the weight is the one of RIDGES with the least error on
+    val, and test is looked at once.
     """
     mean, scale = X["train"].mean(0), X["train"].std(0).clamp(min=1e-6)
     X = {split: (x - mean) / scale for split, x in X.items()}
-    offset = Y["train"].mean(0)
-    S, V = torch.linalg.eigh(X["train"].mT @ X["train"] / len(X["train"]))
-    moved = V.mT @ (X["train"].mT @ (Y["train"] - offset)) / len(X["train"])
+    n = len(X["train"])
+    S, V = torch.linalg.eigh(X["train"].mT @ X["train"] / n)
+    turned = {split: x @ V for split, x in X.items()}
+    out = {}
+    for name, (Y, axes) in targets.items():
+        offset = Y["train"].mean(0)
+        moved = turned["train"].mT @ (Y["train"] - offset) / n
 
-    def errors(split: str, weight: Tensor) -> Tensor:
-        guess = X[split] @ (V @ (moved / (S.clamp(min=0) + weight)[:, None])) + offset
-        return (guess - Y[split]).unflatten(1, (-1, axes)).norm(dim=-1).mean(1)
+        def errors(split: str, weight: Tensor) -> Tensor:
+            guess = turned[split] @ (moved / (S.clamp(min=0) + weight)[:, None]) + offset
+            return (guess - Y[split]).unflatten(1, (-1, axes)).norm(dim=-1).mean(1)
 
-    best = min(RIDGES, key=lambda weight: float(errors("val", weight).mean()))
-    return errors("test", best)
+        best = min(RIDGES, key=lambda weight: float(errors("val", weight).mean()))
+        out[name] = errors("test", best)
+    return out
 
 
 def dimensions(X: Tensor) -> float:
@@ -129,11 +136,13 @@ def probe(claim: Claim, backbone: str, init: str, seed: int, cache: str, scale: 
     count = {"train": scale.probed, "val": len(sets["val"]), "test": len(sets["test"])}
     found = {split: encoded(net, claim.script, data, count[split], scale.side)
              for split, data in sets.items()}
+    targets = {measure: ({split: x[key] for split, x in found.items()}, axes)
+               for measure, key, axes in (("mpjpe_mm", "joints", 3), ("2d_px", "uv", 2))}
     out = Scores({}, {})
     for name in [key for key in found["train"] if key not in ("joints", "uv")]:
         X = {split: x[name] for split, x in found.items()}
-        out.add(f"{name}_mpjpe_mm", ridge(X, {s: x["joints"] for s, x in found.items()}, 3))
-        out.add(f"{name}_2d_px", ridge(X, {s: x["uv"] for s, x in found.items()}, 2))
+        for measure, errors in ridge(X, targets).items():
+            out.add(f"{name}_{measure}", errors)
         out.means[f"{name}_dimensions"] = round(dimensions(X["train"]), 2)
     return out
 

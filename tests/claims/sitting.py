@@ -90,7 +90,7 @@ def rate_of(claim: Claim, results: Path) -> float:
     found = {line["row"]: line["scores"] for line in lines(chooser, results)}
     if not {row.name for row in chooser.rows} <= set(found):
         return 0.0
-    name = "single_view_pa_mpjpe_mm" if claim.script == "hamuco" else "small_val_mm"
+    name = "single_view_n_mpjpe_mm" if claim.script == "hamuco" else "small_val_mm"
     best = min(chooser.rows, key=lambda row: found[row.name][name])
     scores = found[best.name]
     if claim.tunings and scores["small_mpjpe_mm"] > scores["small_mean_pose_mpjpe_mm"]:
