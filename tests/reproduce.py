@@ -107,7 +107,7 @@ def claim(words: list[str]) -> int:
     torch.set_num_threads(1)
     failed = sit(claims, args.seeds, args.budget, until=time.monotonic() + 3600 * args.hours)
     for one in claims:
-        print(f"\n{show.table(one)}\n\n{show.rows_table(one)}")
+        print(f"\n{show.table(one)}")
         for file in show.draw(one, Place().runs):
             print(f"wrote {file}")
     return int(failed > 0)
@@ -115,7 +115,10 @@ def claim(words: list[str]) -> int:
 
 def main() -> None:
     if sys.argv[1:2] == ["claim"]:
-        sys.exit(claim(sys.argv[2:]))
+        try:
+            sys.exit(claim(sys.argv[2:]))
+        except KeyboardInterrupt:
+            sys.exit("stopped; the same command goes on")
     if sys.argv[1:] == ["readme"]:
         return show.write_readme()
     if sys.argv[1:] == ["tables"]:

@@ -1,4 +1,5 @@
 """tests/reproduce.py: every planned command is accepted, a tiny claim runs, verdicts, README agrees."""
+import dataclasses
 import json
 import shlex
 from types import SimpleNamespace
@@ -218,6 +219,44 @@ def test_a_tiny_claim_runs_goes_on_and_ends_in_a_table(here, monkeypatch):
     assert [file.name for file in files] == ["toy-gains.png", "toy-small.png"]
 
 
+def test_a_claim_that_waits_is_not_run(tmp_path, capsys):
+    place = sitting.Place(tmp_path, tmp_path, tmp_path, execute=lambda words, log: pytest.fail("was run"))
+    assert sitting.sit([dataclasses.replace(TOY, waits="a rule")], 1, None, place) == 0
+    assert "claim toy waits for a rule" in capsys.readouterr().out
+
+
+def test_a_failing_row_is_named_and_the_others_run(tmp_path, capsys, monkeypatch):
+    tried = []
+
+    def run(task, place):
+        tried.append(task.row.name)
+        if task.row.name == "scratch":
+            raise sitting.Failed("python peclr.py ended with 2")
+        line = {"row": task.row.name, "seed": task.seed, "budget": task.budget}
+        (tmp_path / "toy.jsonl").write_text(json.dumps(line) + "\n")
+
+    monkeypatch.setattr(sitting, "run", run)
+    monkeypatch.setattr(sitting, "rate_of", lambda claim, results: 1e-3)
+    monkeypatch.setattr(sitting, "calibration", lambda claim: None)
+    assert sitting.sit([TOY], 1, None, sitting.Place(tmp_path, tmp_path, tmp_path)) == 1
+    assert tried == ["scratch", "simclr"] and "ended with 2" in capsys.readouterr().out
+    assert sitting.sit([TOY], 1, None, sitting.Place(tmp_path, tmp_path, tmp_path), until=0) == 0 and len(tried) == 2
+
+
+def test_rows_wait_for_their_calibration_which_comes_first(tmp_path, monkeypatch):
+    tried = []
+
+    def run(task, place):
+        tried.append((task.claim.name, task.row.name, task.seed))
+        scores = {"small_val_mm": 90, "small_mpjpe_mm": 90, "small_mean_pose_mpjpe_mm": 100}
+        with open(tmp_path / f"{task.claim.name}.jsonl", "a") as file:
+            file.write(json.dumps({"row": task.row.name, "seed": task.seed, "budget": task.budget, "scores": scores}) + "\n")
+
+    monkeypatch.setattr(sitting, "run", run)
+    assert sitting.sit([TI_NET], 1, None, sitting.Place(tmp_path, tmp_path, tmp_path)) == 0
+    assert [(name, seed) for name, _, seed in tried] == 3 * [("calibrate-ti_net", 100)] + 6 * [("ti_net", 0)]
+
+
 # ---- Scores --------------------------------------------------------------------------------------
 
 
@@ -328,6 +367,7 @@ def test_a_table_says_what_was_found_and_what_is_missing(tmp_path):
     file.write_text("".join(json.dumps(line) + "\n" for line in found))
     text = show.table(TWO, tmp_path)
     assert "| ours is better | 1 | 90.5 / 100.0 | 10 % | +9.5 ± 0.7 |" in text and "not run (2 of 3 seeds)" in text
+    assert "| row | budget | seeds | x |" in text and "| base | - | 3 | 100.0 ± 0.0 |\n| ours | 1 | 2 | 90.5 ± 0.7 |" in text
     assert "5 rows and seeds, 300 s, bf16 on M; 2026-11-22." in text and "Still to run: `python tests/reproduce.py claim two`" in text
 
 

@@ -34,10 +34,8 @@ def number(x: float, digits: int = 1) -> str:
 
 def spread(v: Verdict) -> str:
     """Mean gain over seeds +- their standard deviation, percent."""
-    if not v.gains:
-        return "-"
     deviation = f" ± {np.std(v.gains, ddof=1):.1f}" if len(v.gains) > 1 else ""
-    return f"{v.gain:+.1f}{deviation}"
+    return f"{v.gain:+.1f}{deviation}" if v.gains else "-"
 
 
 def between(interval: tuple[float, float]) -> str:
@@ -51,7 +49,7 @@ def word(v: Verdict) -> str:
 
 
 def table(claim: Claim, results: Path = RESULTS) -> str:
-    """A claim as a markdown table: a line for each comparison and budget, then rows' own numbers."""
+    """A claim in markdown: a line for each comparison and budget, then one for each row."""
     found = lines(claim, results)
     out = [f"**{claim.title}**", "",
            "| claim | budget | mm or px, against | paper's gain | ours, % | over seeds | over hands | verdict |",
@@ -61,13 +59,17 @@ def table(claim: Claim, results: Path = RESULTS) -> str:
             pair = f"{number(v.better)} / {number(v.than)}" if v.seeds else "-"
             out.append(f"| {compared.says} | {v.budget:g} | {pair} | {compared.paper} | {spread(v)} | "
                        f"{between(v.over_seeds)} | {between(v.over_hands)} | {word(v)} |")
+    if not claim.compared:
+        out = out[:1]
+    if found:
+        out += ["", rows_table(claim, found), "", provenance(found)]
     left = needed(claim, found)
-    command = f"`python tests/reproduce.py claim {claim.name}`"
-    out += ["", provenance(found) if found else ""]
     if left:
-        out[-1] += f"{' ' * bool(found)}{'Still to run' if found else 'Not run'}: {command}, about " \
-                   f"{left / 60:.1f} core-hours."
-    return "\n".join(out).rstrip()
+        state = "Still to run" if found else "Not run"
+        more = f"; it waits for {claim.waits}" if claim.waits else ""
+        out += ["", f"{state}: `python tests/reproduce.py claim {claim.name}`, about {left / 60:.1f} "
+                    f"core-hours{more}."]
+    return "\n".join(out)
 
 
 def provenance(found: list[dict]) -> str:
@@ -81,19 +83,28 @@ def provenance(found: list[dict]) -> str:
             f"on {'; '.join(machines)}; {span}.")
 
 
-def rows_table(claim: Claim, results: Path = RESULTS) -> str:
-    """Every row's scores as means over seeds, with their number: for the screen."""
-    found = lines(claim, results)
-    names = list(dict.fromkeys(name for line in found for name in line["scores"]))
-    out = [claim.title]
+def rows_table(claim: Claim, found: list[dict]) -> str:
+    """Every row's scores, mean and deviation over seeds, in the measures that are compared."""
+    names = list(dict.fromkeys(name for c in claim.compared for _, name in (c.better, c.than)))
+    names += [name for name in dict.fromkeys(name for line in found for name in line["scores"])
+              if name.endswith(("_dimensions", "_mean_pose_mpjpe_mm")) or not claim.compared]
+    out = [f"| row | budget | seeds | {' | '.join(name.replace('_', ' ') for name in names)} |",
+           "|---|---:|---:|" + "---:|" * len(names)]
     for row in claim.rows:
-        for b in dict.fromkeys(line["budget"] for line in found if line["row"] == row.name):
+        for b in sorted({line["budget"] for line in found if line["row"] == row.name}):
             mine = [line_of(found, row, seed, b) for seed in sorted({x["seed"] for x in found})]
-            mine = [line for line in mine if line]
-            cells = [f"{name} {np.mean([x['scores'][name] for x in mine if name in x['scores']]):.1f}"
-                     for name in names if any(name in x["scores"] for x in mine)]
-            out.append(f"{row.name}, budget {b:g}, {len(mine)} seeds: " + ", ".join(cells))
+            mine = [line["scores"] for line in mine if line]
+            cells = [over_seeds([x[name] for x in mine if name in x]) for name in names]
+            out.append(f"| {row.name} | {f'{b:g}' if b else '-'} | {len(mine)} | {' | '.join(cells)} |")
     return "\n".join(out)
+
+
+def over_seeds(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    if not values:
+        return "-"
+    deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{deviation}"
 
 
 # ---- README --------------------------------------------------------------------------------------

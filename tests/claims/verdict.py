@@ -66,8 +66,10 @@ def verdict(claim: Claim, compared: Comparison, found: list[dict], budget: float
     rows = {row.name: row for row in claim.rows}
     pairs = {}
     for seed in sorted({line["seed"] for line in found}):
-        both = [line_of(found, rows[name], seed, budget) for name in (compared.better[0], compared.than[0])]
-        if all(both):
+        both = [line_of(found, rows[name], seed, budget)
+                for name in (compared.better[0], compared.than[0])]
+        wanted = (compared.better[1], compared.than[1])
+        if all(line and name in line["scores"] for line, name in zip(both, wanted)):
             pairs[seed] = both
     if not pairs:
         return Verdict(budget, ())
