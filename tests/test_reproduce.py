@@ -14,7 +14,7 @@ import peclr
 import ti_net
 from claims import measure, papers, show, sitting, verdict
 from claims.plan import (
-    BATCH, CLAIMS, PECLR, ROOT, TI_NET, Claim, Comparison, Row, Scale, Tuning,
+    BATCH, CLAIMS, CORE, FURTHER, PECLR, ROOT, TI_NET, Claim, Comparison, Row, Scale, Tuning,
     Weights, budgets_of, calibration, epochs_of, momentum, pictures_of, pretrain_words, tune_words)
 from common import parse, settle, share
 from sources import parse_data
@@ -374,6 +374,13 @@ def test_a_table_says_what_was_found_and_what_is_missing(tmp_path):
 def test_readme_agrees_with_the_result_files():
     text = (ROOT / "README.md").read_text()
     assert show.with_block(text, show.readme_block()) == text, "run python tests/reproduce.py readme"
+
+
+def test_readmes_block_has_tables_of_what_was_run_and_names_the_rest(tmp_path):
+    (tmp_path / "peclr.jsonl").write_text(json.dumps(result("random", 0, 91.6, 0)) + "\n")
+    text = show.readme_block(tmp_path)
+    assert text.count("**") == 2 and "**PeCLR, frozen features" in text and "| HandMIM (Tab. 3 and 5); waits for" in text
+    assert all(f"claim {claim.name}`" in text for claim in (*CORE, *FURTHER))
 
 
 def test_only_what_stands_between_the_marks_is_replaced():

@@ -112,13 +112,16 @@ def over_seeds(values: list[float]) -> str:
 
 def readme_block(results: Path = RESULTS) -> str:
     """What stands between the marks."""
-    parts = [table(claim, results) for claim in CORE]
-    parts += [table(claim, results) for claim in FURTHER if lines(claim, results)]
-    silent = [claim for claim in FURTHER if not lines(claim, results)]
-    if silent:
-        rest = ["| not run | what it is | core-hours |", "|---|---|---:|"]
-        rest += [f"| `claim {claim.name}` | {claim.title} | {needed(claim, []) / 60:.1f} |" for claim in silent]
-        parts.append("\n".join(rest))
+    claims = (*CORE, *FURTHER)
+    parts = [table(claim, results) for claim in claims if lines(claim, results)]
+    rest = [claim for claim in claims if not lines(claim, results)]
+    if rest:
+        out = ["| not run yet | command | core-hours, three seeds |", "|---|---|---:|"]
+        for claim in rest:
+            waits = f"; waits for {claim.waits}" if claim.waits else ""
+            out.append(f"| {claim.title}{waits} | `python tests/reproduce.py claim {claim.name}` | "
+                       f"{needed(claim, []) / 60:.1f} |")
+        parts.append("\n".join(out))
     return "\n\n".join(parts)
 
 
