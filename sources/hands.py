@@ -9,12 +9,14 @@ from pathlib import Path
 from common import N_JOINTS, N_VERTS, UserError, crop, flip, mirror_pose, transform
 from sources.index import MIRROR, SAMPLE_COLUMNS, Index
 from sources.loader import Source
-from sources.pictures import cut_square, picture_size, read_image, undistort_picture
+from sources.pictures import (
+    cut_square, picture_size, read_image, read_shrunk, undistort_picture)
 from sources.reading import read_items
 from sources.squares import Kept
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 
@@ -86,18 +88,28 @@ class Hands(Source):
             return kept["image"], kept["size"]
         columns = self.index.columns
         path = Path(self.index.root, self.index.path(row))
+        at, whole = np.array([row]), np.zeros(1, bool)
+
+        def ratio(size: tuple[int, int]) -> float:
+            return float(self._squares(at, np.array([size]), whole)[1][0]) / self.size
+
         try:
-            picture = read_image(path)
+            if "dist" in columns:
+                found = undistort_picture(read_image(path), columns["K"][row], columns["dist"][row])
+                picture, shrunk = Image.fromarray(found), 1
+            else:
+                picture, shrunk = read_shrunk(path, ratio)
         except UserError as error:
             if not path.exists():
                 raise
             print(f"{error}; it becomes a black image without labels", file=sys.stderr)
             return None
-        if "dist" in columns:
-            picture = undistort_picture(picture, columns["K"][row], columns["dist"][row])
-        size = np.array(picture.shape[1::-1])
-        (middle,), (side,) = self._squares(np.array([row]), size[None], np.zeros(1, bool))
-        image = cut_square(picture, middle, side, self.size)
+        size = shrunk * np.array(picture.size)
+        (middle,), (side,) = self._squares(at, size[None], whole)
+        if max(side, *abs(middle) / 1000) > 16 * max(size):
+            raise UserError(f"{self.index.id(row)}: box {tuple(columns['box'][row].tolist())} is "
+                            "far off the picture")
+        image = cut_square(picture, (middle + 0.5) / shrunk - 0.5, side / shrunk, self.size)
         image = image[:, ::-1] if columns["side"][row] == "left" else image
         image = image.transpose(2, 0, 1)
         if self.kept:
@@ -154,11 +166,6 @@ class Hands(Source):
         box = self.index.columns["box"][rows].astype(float)
         boxed = ~np.isnan(box).any(1) & ~broken
         wide = np.maximum(self.margin * box[:, 2:].max(1), 2.0)
-        far = boxed & (np.maximum(wide, abs(box[:, :2]).max(1) / 1000) > 16 * sizes.max(1))
-        if far.any():
-            k = int(far.argmax())
-            raise UserError(f"{self.index.id(rows[k])}: box {tuple(box[k].tolist())} is far off "
-                            "the picture")
         middle[boxed] = (box[:, :2] + box[:, 2:] / 2)[boxed] - 0.5       # edges to pixel centres
         side[boxed] = wide[boxed]
         return middle, side
@@ -172,7 +179,7 @@ def _numbers(columns: dict[str, np.ndarray], rows: np.ndarray, sizes: np.ndarray
     """
     def get(key: str, default: np.ndarray) -> np.ndarray:
         if key not in columns:
-            return default.astype(float)
+            return default.astype(float, copy=False)
         found = columns[key][rows].astype(float)
         found[broken] = default[broken]
         return found

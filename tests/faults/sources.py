@@ -77,7 +77,7 @@ FAULTS = [
     ("sources/__init__.py", 'room = 0 if split == "test" or live else cfg.keep', "room = cfg.keep", "sources/test_squares.py", "looked_at_once"),
     ("sources/synthetic.py", "            if self.kept.read(row) is None:\n", "            if False:\n", "sources/test_synthetic.py", "killed_cache"),
     # pictures
-    ("sources/pictures.py", "picture = ImageOps.exif_transpose(file)", "picture = file", "sources/test_pictures.py", "exif"),
+    ("sources/pictures.py", "picture = ImageOps.exif_transpose(file) if turned else file", "picture = file", "sources/test_pictures.py", "exif"),
     ("sources/pictures.py", "if file.width * file.height > MAX_PIXELS:", "if False:", "sources/test_pictures.py", "refused_by_name"),
     ("sources/pictures.py", "if not stat.S_ISREG(os.stat(path).st_mode):", "if os.path.isdir(path):", "sources/test_pictures.py", "not_waited_for"),
     ("sources/pictures.py", "with _one_large if large else", "with", "sources/test_pictures.py", "one_at_a_time"),
@@ -87,6 +87,10 @@ FAULTS = [
     ("sources/pictures.py", "low = middle + 0.5 - side / 2", "low = middle - side / 2", "sources/test_hands.py", "drawn_dots"),
     ("sources/pictures.py", "2 * p1 * x * y + p2 * (r + 2 * x * x)", "2 * p2 * x * y + p1 * (r + 2 * x * x)", "sources/test_cameras.py", "any_rig"),
     ("sources/pictures.py", "xy = seen - (_distort(xy, dist) - xy)", "xy = seen", "sources/test_cameras.py", "any_rig"),
+    ("sources/pictures.py", "                file.draft(None,", "                s = 1; file.draft(None,", "sources/test_pictures.py", "large_photo"),
+    ("sources/pictures.py", "file.width % s == file.height % s == 0", "True", "sources/test_pictures.py", "large_photo"),
+    ("sources/pictures.py", "most = ratio(_size(file)) / 1.5", "most = ratio(_size(file))", "sources/test_pictures.py", "large_photo"),
+    ("sources/hands.py", "(middle + 0.5) / shrunk - 0.5", "middle / shrunk", "sources/test_pictures.py", "large_photo"),
     # each data set's own layout, units, order, joints
     ("sources/folder.py", '"val": (90, 95)', '"val": (89, 95)', "sources/test_folder.py", "splits"),
     ("sources/folder.py", 'columns["uv"][columns["confidence"] == 0] = np.nan', "pass", "sources/test_folder.py", "one_sample_a_hand"),

@@ -1,4 +1,5 @@
 """Picture files: every mode, rotation, size, broken ones, lens distortion."""
+import json
 import os
 import struct
 import time
@@ -7,12 +8,14 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from common import UserError
 from sources.folder import index_folder
 from sources.hands import Hands
-from sources.pictures import check_images, picture_size, read_image, undistort, undistort_picture
+from sources.pictures import (
+    check_images, cut_square, picture_size, read_image, undistort, undistort_picture)
 from trees import DIST, KEYS, noise, one, save
 
 
@@ -34,6 +37,31 @@ def test_pictures_of_every_mode_become_rgb(tmp_path):
     assert np.abs(read_image(tmp_path / "cmyk.jpg")[4, 4].astype(int) - [0, 255, 255]).max() <= 3
     Image.new("1", (2, 1), 1).save(tmp_path / "bit.png")
     assert read_image(tmp_path / "bit.png").tolist() == [[[255] * 3] * 2]
+
+
+def test_a_large_photo_is_decoded_smaller_and_cut_to_the_same_square(tmp_path, monkeypatch):
+    """A chessboard on a gradient: 2 levels of grey on average, 0.02 px of the square; whichever way EXIF turns it."""
+    y, x = np.mgrid[:800, :1200]
+    board = 60 + 0.08 * x + 0.05 * y + 50 * ((x // 120 + y // 100) % 2)
+    picture = np.stack([board, 0.8 * board, 255 - board], -1).round().astype(np.uint8)
+    taken = []
+    draft = JpegImageFile.draft
+    monkeypatch.setattr(JpegImageFile, "draft", lambda file, mode, size: taken.append(size) or draft(file, mode, size))
+    for turn, cut, box, size, want in ((1, slice(None), [300, 100, 600, 600], 96, (300, 200)), (6, slice(None), [100, 300, 600, 600], 96, (300, 200)),
+                                       (3, slice(None), [301, 99, 640, 640], 40, (150, 100)), (1, slice(1197), [300, 100, 600, 600], 96, None),
+                                       (1, slice(None), [300, 100, 600, 600], 201, None)):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        save(tmp_path / "a.jpg", picture[:, cut], exif=exif, quality=95, subsampling=0)
+        (tmp_path / "labels.jsonl").write_text(json.dumps({"path": "a.jpg", "box": box}))
+        taken.clear()
+        image = Hands(index_folder(tmp_path), size, 1.0).read([0])["image"][0].permute(1, 2, 0).double().numpy()
+        assert taken == [want] * (want is not None)
+        whole = cut_square(Image.fromarray(read_image(tmp_path / "a.jpg")), np.array(box[:2]) + np.array(box[2:]) / 2 - 0.5, box[2], size)
+        gap = image - whole
+        assert abs(gap).mean() < 2 * (want is not None) + 1e-9
+        slope = np.stack([*np.gradient(whole.mean(2)), np.ones((size, size))], -1).reshape(-1, 3)
+        assert np.abs(np.linalg.lstsq(slope, gap.mean(2).ravel(), rcond=None)[0][:2]).max() < 0.02
 
 
 def test_exif_rotation_is_applied(tmp_path):
