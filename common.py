@@ -26,13 +26,15 @@ import functools
 import gc
 import math
 import os
+import signal
 import sys
+import time
 import typing
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 # Threads that spin for long while another program holds a core run six times slower than threads
 # that soon sleep. This must be said before torch is loaded, so scripts import this file first.
@@ -1229,33 +1231,116 @@ def settle(Config: type, given: dict[str, Any], stage: str,
     return cfg
 
 
-def guarded(main: Callable) -> int:
-    """Run a script's main: a UserError becomes its sentence on stderr and exit code 2."""
+# How a command ends
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked for the end of the command; the text says how far it came."""
+
+
+class Stop:
+    """Which signal asked this process to end; signals belong to the process, and so does this."""
+
+    SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")               # those that the system knows
+    asked = 0                                               # its number
+    since = 0.0                                             # s
+    process = 0                                             # data workers inherit the handler
+    patient = False                                         # a training loop looks at `asked`
+
+
+def _on_signal(number: int, _: object) -> None:
+    """The first signal ends training after its step, anything else now; a second ends all at once.
+
+    torchrun passes on what a terminal has sent to everybody already: within a second it is one.
+    """
+    if os.getpid() != Stop.process or (Stop.asked and time.monotonic() - Stop.since < 1):
+        return
+    if Stop.asked:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(Stop.process, number)
+    Stop.asked, Stop.since = number, time.monotonic()
+    if not Stop.patient:
+        raise Stopped("stopped")
+    os.write(2, b"\nstopping after this step; a second time: at once\n")     # print may not nest
+
+
+def guarded(main: Callable[[], None]) -> int:
+    """Run a script's main; the exit code, and what went wrong on a line of its own on stderr.
+
+    2 after one sentence of a UserError or of the system (OSError); 128 + its number after a signal,
+    as a shell counts: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP (unless nohup ignores it).
+    """
+    numbers = [getattr(signal, name) for name in Stop.SIGNALS if hasattr(signal, name)]
+    before = {n: signal.getsignal(n) for n in numbers}
+    before = {n: old for n, old in before.items() if old not in (None, signal.SIG_IGN)}
+    Stop.asked, Stop.patient, Stop.process = 0, False, os.getpid()
+    code = 2
     try:
+        for number in before:
+            signal.signal(number, _on_signal)
         main()
         return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("stopped; go on with --resume", file=sys.stderr)
+    except (UserError, OSError) as error:
+        said = f"error: {error}"
+    except KeyboardInterrupt as stop:
+        said, code = str(stop) or "stopped", 128 + (Stop.asked or signal.SIGINT)
+    except RuntimeError:                    # of data workers and other processes that were told too
+        if not Stop.asked:
+            raise
+        said, code = "stopped", 128 + Stop.asked
     finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+        first = rank() == 0
         if torch.distributed.is_initialized():
             gc.collect()             # networks hold the group, whose threads would outlive it
             torch.distributed.destroy_process_group()
-    return 2
+    for bar in list(getattr(tqdm, "_instances", ())):            # the words get a line of their own
+        bar.close()
+    if first or code == 2:
+        print(said, file=sys.stderr)
+    return code
 
 
 # Folders, logs, checkpoints
 
 
-def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint atomically: a reader sees the old file or the new one, never a part."""
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file to write that stands under its name, and on the disk, when it is whole, or not at all.
+
+    A reader sees the old file or the new one, never a part. UserError where that fails (a full
+    disk, a quota, a folder that has gone): then no part is left and the old file is intact.
+    """
+    path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "wb") as file:
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        with contextlib.suppress(OSError):                   # where a folder can be synchronised
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error                  # torch wraps what the system said
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise UserError(f"{path}: cannot be written ({cause.strerror or cause}); what stood there "
+                        "before is intact") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint, see `whole_file`."""
+    with whole_file(path) as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def cpu_state(model: nn.Module) -> dict[str, Tensor]:

@@ -1311,13 +1311,14 @@ def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line; see --help."""
-    given = recall(parse(Config, argv, __doc__, QUICK, VARIANTS))
+    given = recall(Config, parse(Config, argv, __doc__, QUICK, VARIANTS))
     cfg = stage_config(given)
     device = start(cfg.device)
     share(cfg.batch_size, cfg.micro_batch)
     name = "-".join(map(data_name, cfg.data))
     with open_out(cfg.out, f"runs/{METHOD}-{name}{'-quick' * cfg.quick}", cfg.resume) as out:
-        run_stages(remember(out, recall(given | {"out": str(out)})), out, device)
+        given = given if cfg.out else recall(Config, given | {"out": str(out)})
+        run_stages(remember(out, given), out, device)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 # common before torch: it settles how threads wait
-from common import FINGERS, N_JOINTS
+from common import FINGERS, N_JOINTS, whole_file
 from hand.render import render, studio
 
 import numpy as np
@@ -175,7 +175,8 @@ def label(image: Image.Image | np.ndarray | Tensor, text: str,
 def save_png(path: str | Path, image: Image.Image) -> None:
     """Write a PNG as it is, in all its colours, into a folder that is made if need be."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, "PNG", optimize=True)
+    with whole_file(path) as file:
+        image.save(file, "PNG", optimize=True)
 
 
 def sheet(path: str | Path, rows: list[list], titles: Sequence[str] = (),
@@ -229,7 +230,8 @@ def figure(path: str | Path, width: float = 6.5, height: float = 3.8) -> Iterato
     yield axis
     whole.tight_layout()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    whole.savefig(path)
+    with whole_file(path) as file:
+        whole.savefig(file, format="png")
 
 
 def curve(path: str | Path, series: dict[str, tuple], title: str = "", xlabel: str = "",

@@ -11,6 +11,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 try:
     import fcntl
@@ -30,7 +31,7 @@ UNLABELLED = "unlabelled frames"                        # why a row may be left 
 
 
 @contextlib.contextmanager
-def locked(path: str | Path, wait: bool = True) -> Iterator[None]:
+def locked(path: str | Path, wait: bool = True) -> Iterator[IO[bytes]]:
     """Hold the file `path`, which is made for that and stays, against all other processes.
 
     With `wait` until another lets go of it; else BlockingIOError at once. The lock belongs to this
@@ -50,7 +51,7 @@ def locked(path: str | Path, wait: bool = True) -> Iterator[None]:
                     raise BlockingIOError(error.errno, "held by another process", str(path)
                                           ) from None
                 time.sleep(0.5)                         # Windows waits for ten seconds at most
-        yield
+        yield file
 
 
 def data_folder(root: str | Path, name: str) -> Path:

@@ -1,6 +1,7 @@
 """One trained thing as it goes: its log, its checkpoint, and how it ends."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,15 +10,20 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 # common before torch: it settles how threads wait
-from common import Flags, UserError, load_checkpoint, rank, save_checkpoint, say, world
+from common import (
+    Flags, Stop, Stopped, UserError, load_checkpoint, rank, save_checkpoint, say, whole_file, world)
+from sources.checkpoints import not_finite, take_up
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+NEVER = 2 ** 62                                          # the step at which a sound term was lost
 
 
 def provenance() -> dict[str, Any]:
@@ -42,9 +48,10 @@ class Log:
         self.path = folder / "log.jsonl"
         self.on = rank() == 0
         if self.on:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.path.touch()
-            os.truncate(self.path, min(kept_bytes, self.path.stat().st_size))
+            with self._named():
+                folder.mkdir(parents=True, exist_ok=True)
+                self.path.touch()
+                os.truncate(self.path, min(kept_bytes, self.path.stat().st_size))
 
     def __call__(self, **record: Any) -> None:
         """Write one record; tensors of one number become numbers, rounded to six digits."""
@@ -52,21 +59,38 @@ class Log:
             return
         clean = {k: float(f"{float(v):.6g}") if isinstance(v, (float, Tensor)) else v
                  for k, v in record.items()}
-        with open(self.path, "a") as file:
+        with self._named(), open(self.path, "a") as file:
             file.write(json.dumps(clean) + "\n")
         tqdm.write(json.dumps(clean))
 
     def size(self) -> int:
         """Bytes written so far; a checkpoint keeps it so that a resumed log has no line twice."""
-        return self.path.stat().st_size if self.on else 0
+        with self._named():
+            return self.path.stat().st_size if self.on else 0
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Around what the system may refuse: its word becomes a sentence."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
+
+
+def votes(*mine: int) -> list[int]:
+    """The largest of each number over all processes, told by the hosts: no device is waited for."""
+    told = torch.tensor(mine)
+    if world() > 1:
+        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+    return told.tolist()
 
 
 class Run:
     """One trained thing: its folder, log, checkpoint and step, and what its callers keep in `memo`.
 
-    last.pt is written at the end of an epoch and every --save-minutes within. Nothing random is in
-    it: draws depend on (seed, epoch, sample), so a resumed run repeats a straight one exactly (on a
-    CPU).
+    last.pt is written at the end of an epoch, every --save-minutes within, and after the step in
+    which a signal came; see `common.guarded`. Draws depend on (seed, epoch, sample), so a resumed
+    run repeats a straight one exactly (on a CPU).
     """
 
     def __init__(self, folder: Path, method: str, cfg: Flags, model: nn.Module,
@@ -75,63 +99,81 @@ class Run:
         self.model, self.optimizer = model, optimizer
         self.step = 0
         self.memo: dict[str, Any] = {}
-        self.lost: bool | Tensor = False
+        self.terms: list[str] = []
+        self.lost: Tensor | None = None         # (terms,) the step at which each was lost, or NEVER
         self.head = {"method": method, "cfg": dataclasses.asdict(cfg)}
         self.every = max(1, min(50, total // 20))               # steps between lines of the log
         self.save_seconds = 60 * cfg.save_minutes
-        self.saved = time.monotonic()
+        self.saved, self.saved_step = time.monotonic(), 0
         device = next(model.parameters()).device
-        state = load_checkpoint(folder / "last.pt") if (folder / "last.pt").is_file() else None
-        if state:
-            try:
-                self.step, self.memo = state["step"], state["memo"]
-                model.load_state_dict(state["model"])
-                optimizer.load_state_dict(state["optimizer"])
-                stored = {"precision": "fp32" if device.type == "cpu" else "bf16"} | state["cfg"]
-                kept = {name: stored.get(name)      # of a file without precision it is what it was
-                        for name in ("batch_size", "micro_batch", "seed", "samples", "precision")}
-            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-                raise UserError(f"{folder}/last.pt: does not fit these options "
-                                f"({str(error).strip().splitlines()[0][:120]})") from None
-            for name, old in kept.items():
-                if old != getattr(cfg, name):
-                    raise UserError(f"{folder}/last.pt: was written with {name} {old}, not "
-                                    f"{getattr(cfg, name)}; a resumed run cannot change it, so "
-                                    f"give --{name.replace('_', '-')} {old}")
+        last = folder / "last.pt"
+        state = load_checkpoint(last) if last.is_file() else None
+        if state is not None:
+            take_up(state, last, self.head, model, optimizer, total)
+            self.step, self.memo, self.saved_step = state["step"], state["memo"], state["step"]
         self.log = Log(folder, state["log_bytes"] if state else 0)
         if state:
             say(f"{folder}: going on at step {self.step} of {total}")
         elif rank() == 0:
-            (folder / "config.json").write_text(json.dumps(self.head, indent=1) + "\n")
+            with whole_file(folder / "config.json") as file:
+                file.write((json.dumps(self.head, indent=1) + "\n").encode())
             self.log(**provenance(), seed=cfg.seed, device=str(device), precision=cfg.precision)
         self.first, self.began = self.step, time.monotonic()
         self.bar = tqdm(total=total, initial=self.step, desc=folder.name, unit="step",
                         disable=rank() != 0, mininterval=1)
+        Stop.patient = self.step < total
 
     def advance(self, terms: dict[str, Tensor], epoch: int, lr: float, may_save: bool) -> None:
-        """Count a step; log its terms now and then; save if it is time.
+        """Count a step; log its terms now and then; save if it is time, or a signal came.
 
-        Raises UserError if the loss is lost, see `check`.
+        Raises UserError if the loss is lost, see `check`; Stopped after a signal. Processes agree
+        on both after every step, by one number from host to host (0.1 ms on one machine): clocks
+        differ, and torchrun sends its signals to processes in different steps.
         """
         self.step += 1
         self.bar.update()
-        self.lost = self.lost | ~terms["loss"].isfinite()              # read only when it is logged
+        self._watch(terms)
         if self.step % self.every == 0 or self.step == 1:
             self.check()
             self.log(step=self.step, epoch=epoch, lr=lr, **terms)
+        elif not may_save:                               # what follows may write the best weights
+            self.check()
         if self.step == self.first + 5:
             self.estimate()
-        if may_save and time.monotonic() - self.saved > self.save_seconds:
+        due = time.monotonic() - self.saved > self.save_seconds
+        if may_save and any(votes(Stop.asked, due)):
             self.save()
 
+    def _watch(self, terms: dict[str, Tensor]) -> None:
+        """Note at which step each term was lost, on the device: `check` reads it now and then."""
+        bad = torch.stack([~term.detach().isfinite() for term in terms.values()])
+        if self.lost is None:
+            self.terms = list(terms)
+            self.lost = torch.full(bad.shape, NEVER, device=bad.device)
+        self.lost = torch.where(bad, self.lost.clamp(max=self.step), self.lost)
+
     def check(self) -> None:
-        """UserError on every process if a loss of any step so far was not finite on one of them."""
-        lost = torch.as_tensor(self.lost).float()
-        if world() > 1:
-            torch.distributed.all_reduce(lost, torch.distributed.ReduceOp.MAX)
-        if lost > 0:
-            raise UserError(f"{self.folder}: the loss is not finite any more at step {self.step}; "
-                            "a lower --lr may help. last.pt is from before")
+        """UserError on every process where a loss so far, or a weight now, is not finite on one."""
+        if self.lost is not None:
+            lost = self.lost
+            if world() > 1:
+                torch.distributed.all_reduce(lost, torch.distributed.ReduceOp.MIN)
+            steps = dict(zip(self.terms, lost.tolist()))
+            when = steps.pop("loss")
+            if when < NEVER:
+                first = next((f", by its term {name}" for name, step in steps.items()
+                              if step <= when and name.startswith("L_")), "")
+                raise UserError(f"{self.folder}: the loss is not finite any more at step {when}"
+                                f"{first}; a lower --lr may help. {self._kept()}")
+        if broken := not_finite(self.model):
+            raise UserError(f"{self.folder}: {broken} is not finite any more after step "
+                            f"{self.step}, though the loss is; a lower --lr may help. "
+                            f"{self._kept()}")
+
+    def _kept(self) -> str:
+        """What a run that was lost leaves."""
+        return (f"last.pt is from step {self.saved_step}" if self.saved_step else
+                "There is no checkpoint yet")
 
     def estimate(self) -> None:
         """After five steps: how long the rest will take, and a word on --quick above an hour."""
@@ -141,10 +183,25 @@ class Run:
             f"{self.folder.name}: about {60 * hours:.1f} minutes to go")
 
     def save(self) -> None:
-        """last.pt: weights, optimiser, step, memo and how long the log was; see `check`."""
+        """last.pt: weights, optimiser, step, memo and how long the log was; see `check`.
+
+        Raises Stopped where a signal came, and UserError on all processes where it is not written.
+        """
         self.check()
+        failure: UserError | None = None
         if rank() == 0:
-            save_checkpoint(self.folder / "last.pt", self.head | {
-                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "step": self.step, "memo": self.memo, "log_bytes": self.log.size()})
-        self.saved = time.monotonic()
+            try:
+                save_checkpoint(self.folder / "last.pt", self.head | {
+                    "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                    "step": self.step, "memo": self.memo, "log_bytes": self.log.size()})
+            except UserError as error:
+                failure = error
+        asked, failed = votes(Stop.asked, failure is not None)
+        if failed:
+            raise failure or UserError(f"{self.folder}/last.pt: the first process cannot write it")
+        self.saved, self.saved_step = time.monotonic(), self.step
+        Stop.patient = self.step < self.total
+        if asked:
+            Stop.asked = asked
+            raise Stopped(f"stopped at step {self.step}")
+

@@ -35,7 +35,7 @@ def launch(Config: type, method: str, argv: list[str] | None, about: str, quick:
            variants: dict[str, str],
            run_stages: Callable[[dict[str, Any], Path, torch.device], None]) -> None:
     """The command line of a script with two stages: options, device, folder, then its stages."""
-    given = recall(parse(Config, argv, about, quick, variants))
+    given = recall(Config, parse(Config, argv, about, quick, variants))
     if given.get("data") and given.get("finetune") and not given.get("quick"):
         raise UserError("--data pre-trains and --finetune fine-tunes: one command runs one stage")
     cfg = settle(Config, given, "finetune" if given.get("finetune") else "pretrain", quick)
@@ -44,7 +44,8 @@ def launch(Config: type, method: str, argv: list[str] | None, about: str, quick:
     name = "-".join(map(data_name, cfg.data))
     name = f"finetune-{data_name(cfg.finetune)}" if cfg.finetune else name
     with open_out(cfg.out, f"runs/{method}-{name}{'-quick' * cfg.quick}", cfg.resume) as out:
-        run_stages(remember(out, recall(given | {"out": str(out)})), out, device)
+        given = given if cfg.out else recall(Config, given | {"out": str(out)})
+        run_stages(remember(out, given), out, device)
 
 
 def mean_hand(data: Targets, most: int = 16384) -> dict[str, Any]:

@@ -6,13 +6,12 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 # common before torch: it settles how threads wait
-from common import UserError
+from common import UserError, whole_file
 from sources import data_name
 from sources.judging import Row
 from sources.recipes import key_of, recipe
@@ -177,9 +176,8 @@ def write_results(path: Path, data: str, result: dict[str, Any]) -> None:
         content["results"] = [old for old, name in zip(content["results"], known)
                               if name != (result["run"], result["protocol"])]
     content["results"].append(result)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    with whole_file(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 def write_csv(path: Path, rows: dict[str, Row]) -> None:

@@ -223,12 +223,13 @@ def test_a_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
 
     def broken(content, file):
         file.write(b"half")
-        raise OSError("disk full")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match=r"a.pt: cannot be written \(No space left on device\)"):
         save_checkpoint(tmp_path / "a.pt", {"x": torch.zeros(3)})
     assert torch.equal(load_checkpoint(tmp_path / "a.pt")["x"], torch.ones(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
 def test_a_log_is_cut_back_to_its_checkpoint(tmp_path):

@@ -29,7 +29,6 @@ FAULTS = [
     ("common.py", "verts = away.addcmul(along_x, x).addcmul(along_y, y)", "verts = away.addcmul(along_x, y).addcmul(along_y, x)", "test_common_mano.py", "numpy_model or torch_model"),
     ("common.py", "b = (ray * points[..., 2:] - points[..., :2])", "b = (ray * points[..., 2:] + points[..., :2])", "test_common_transforms.py", "place_finds"),
     ("common.py", 'if p.ndim <= 1], "weight_decay": 0.0}', 'if p.ndim <= 1], "weight_decay": weight_decay}', "test_common_run.py", "decay"),
-    ("common.py", "    partial.replace(path)\n\n\ndef cpu_state", "    pass\n\n\ndef cpu_state", "test_common_run.py", "replaced_whole"),
     ("common.py", 'return torch.load(path, map_location="cpu", weights_only=True)', 'return torch.load(path, map_location="cpu", weights_only=False)', "test_common_backbones.py", "hostile"),
     # draws
     ("common.py", "key += epoch * 0xE7037ED1A0B428DB + view *", "key += view *", "test_common_transforms.py", "documented_hash"),
@@ -94,4 +93,13 @@ FAULTS = [
     ("common.py", "not (least <= value <= most and value > above)", "(value < least or value > most or value <= above)", "test_common_run.py", "may_be_nan"),
     ("common.py", "cfg.image_size % stride):", "cfg.image_size % 2):", "test_common_run.py", "one_sentence"),
     ("common.py", "    if more:   ", "    if False:   ", "test_common_backbones.py", "deeper_network"),
+    ("common.py", "        partial.replace(path)\n", "", "test_common_run.py", "replaced_whole"),
+    ("common.py", "            partial.unlink()\n", "            pass\n", "test_common_run.py", "replaced_whole"),
+    ("common.py", "        said, code = str(stop) or \"stopped\", 128 +", "        said, code = str(stop) or \"stopped\", 2 + 0 *", "sources/test_progress.py", "outside_training"),
+    ("common.py", "    if not Stop.patient:\n", "    if True:\n", "sources/test_progress.py", "saves_at_the_next_step"),
+    ("common.py", "time.monotonic() - Stop.since < 1):", "time.monotonic() - Stop.since < 0):", "sources/test_progress.py", "second_signal"),
+    ("common.py", "        os.kill(Stop.process, number)\n", "        return\n", "sources/test_progress.py", "second_signal"),
+    ("common.py", "        bar.close()\n", "        pass\n", "sources/test_progress.py", "line_of_its_own"),
+    ("common.py", "    except (UserError, OSError) as error:\n        said", "    except UserError as error:\n        said", "sources/test_progress.py", "line_of_its_own"),
+    ("common.py", "            signal.signal(number, old)\n", "            pass\n", "sources/test_progress.py", "line_of_its_own"),
 ]

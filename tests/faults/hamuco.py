@@ -57,7 +57,7 @@ FAULTS = [("hamuco.py", old, new, file, words) for old, new, file, words in [
     ("return xyz, to_crop(camera)[:, None] * xyz[..., :2] + camera[:, None, 1:]", "return xyz, to_crop(camera)[:, None] * (xyz[..., :2] + camera[:, None, 1:])",
      STEP, "even"),
     ("grid, align_corners=True)", "grid, align_corners=False)", STEP, "even"),
-    ("grid, align_corners=True)", 'uv[:, :, None], padding_mode="border", align_corners=True)', STEP, "even"),
+    ("grid, align_corners=True)", 'grid, padding_mode="border", align_corners=True)', STEP, "even"),
     ("six_d_to_matrix(six_d.unflatten(1, (16, 6)))", "six_d_to_matrix(six_d.unflatten(1, (6, 16)).mT)", STEP, "even"),
     ("theta = matrix_to_axis_angle(R[:, 1:]).flatten(1)", "theta = matrix_to_axis_angle(R[:, 1:]).flatten(1).detach()", STEP, "even"),
     ("axis_angle_to_matrix((theta + self.mano.hands_mean)", "axis_angle_to_matrix((theta)", STEP, "even"),

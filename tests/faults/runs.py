@@ -1,12 +1,40 @@
-"""Faults of sources/runs.py and sources/progress.py: file, line as it stands, line as broken, the test file and the part of the test's name."""
+"""Faults of a run's files in sources/: file, line as it stands, line as broken, the test file and the part of the test's name."""
 
 FAULTS = [
+    # its door
     ("sources/runs.py", "for k, v in stored.items()} | given", "for k, v in (given | stored).items()}", "sources/test_runs.py", "remembers"),
-    # one trained thing
-    ("sources/progress.py", "\"seed\", \"samples\", \"precision\")}", "\"seed\", \"samples\")}", "test_common_run.py", "another_precision"),
-    ("sources/progress.py", "stored = {\"precision\": \"fp32\" if device.type == \"cpu\" else \"bf16\"} | state[\"cfg\"]", "stored = state[\"cfg\"]", "test_common_run.py", "another_precision"),
+    ("sources/runs.py", "                held.enter_context(_alone(folder))\n", "", "sources/test_runs.py", "two_runs"),
+    ("sources/runs.py", '                sweep(folder.rglob("*"))\n', "", "sources/test_runs.py", "killed_writer"),
+    ("sources/runs.py", "- path.stat().st_mtime >= age", "- path.stat().st_mtime >= 0", "sources/test_runs.py", "killed_writer"),
+    ("sources/runs.py", "folder.mkdir(parents=True)\n", "folder.mkdir(parents=True, exist_ok=True)\n", "sources/test_runs.py", "two_folders"),
+    ("sources/runs.py", 'any(there[-1].rglob("last.pt")):', "True:", "sources/test_runs.py", "without_a_run"),
+    ("sources/runs.py", "    if not set(given) - FREE:", "    if True:", "sources/test_runs.py", "damaged_or_of_another"),
+    ("sources/runs.py", "any(type(word) not in kinds for word in words)", "False", "sources/test_runs.py", "damaged_or_of_another"),
+    ("sources/runs.py", "        if choices[name] and not set", "        if False and not set", "sources/test_runs.py", "damaged_or_of_another"),
+    ("sources/runs.py", "except (ValueError, RecursionError) as error:", "except KeyError as error:", "sources/test_runs.py", "damaged_or_of_another"),
+    ("sources/runs.py", 'and not any(out.rglob("*.pt")):', "and True:", "sources/test_runs.py", "refused_command"),
+    ("sources/runs.py", "; go on with --resume --out {folder}", "", "sources/test_progress.py", "saves_at_the_next_step"),
+    # what a run goes on from
+    ("sources/checkpoints.py", 'stored = {"precision": "fp32" if device.type == "cpu" else "bf16"} | state["cfg"]', 'stored = state["cfg"]', "test_common_run.py", "another_precision"),
+    ("sources/checkpoints.py", 'optimizer.load_state_dict(state["optimizer"])\n', "pass\n", "test_common_run.py", "optimiser_back"),
+    ("sources/checkpoints.py", 'if not 0 <= state["step"] <= total:', 'if not 0 <= state["step"]:', "sources/test_progress.py", "wrong_types"),
+    ("sources/checkpoints.py", '        _match(state["model"], model.state_dict())\n', "", "sources/test_progress.py", "wrong_types"),
+    ("sources/checkpoints.py", '        _match_optimizer(state["optimizer"], optimizer)\n', "", "sources/test_progress.py", "wrong_types"),
+    ("sources/checkpoints.py", "    if broken := not_finite(model):\n", "    if broken := \"\":\n", "sources/test_progress.py", "wrong_types"),
+    ("sources/checkpoints.py", 'if not wrong and state["method"] != head["method"]:', "if False:", "sources/test_progress.py", "wrong_types"),
+    ("sources/checkpoints.py", "and name not in FREE and", "and", "sources/test_progress.py", "named_each"),
+    ("sources/checkpoints.py", "            return Path(str(value)).name\n", "            return str(value)\n", "sources/test_progress.py", "named_each"),
+    ("sources/checkpoints.py", 'str(spec).partition("=")[0] for', "str(spec) for", "sources/test_progress.py", "named_each"),
+    # as it goes
     ("sources/progress.py", "device=str(device), precision=cfg.precision)", "device=str(device), precision=\"auto\")", "test_common_run.py", "another_precision"),
     ("sources/progress.py", 'self.log = Log(folder, state["log_bytes"] if state else 0)', "self.log = Log(folder, 10 ** 9)", "test_common_run.py", "cuts_its_log"),
-    ("sources/progress.py", 'optimizer.load_state_dict(state["optimizer"])\n', "pass\n", "test_common_run.py", "optimiser_back"),
-    ("sources/progress.py", 'self.lost = self.lost | ~terms["loss"].isfinite()', 'self.lost = ~terms["loss"].isfinite() & self.lost', "test_common_run.py", "lost_loss"),
+    ("sources/progress.py", "torch.where(bad, self.lost.clamp(max=self.step), self.lost)", "torch.where(bad, self.step, NEVER)", "sources/test_progress.py", "lost_loss_is_named"),
+    ("sources/progress.py", 'if step <= when and name.startswith("L_")', 'if name.startswith("L_")', "sources/test_progress.py", "lost_loss_is_named"),
+    ("sources/progress.py", "        elif not may_save:   ", "        elif False:   ", "sources/test_progress.py", "become_the_best"),
+    ("sources/progress.py", "        if broken := not_finite(self.model):\n", "        if broken := \"\":\n", "sources/test_progress.py", "never_saved"),
+    ("sources/progress.py", "        if may_save and any(votes(Stop.asked, due)):", "        if may_save and (Stop.asked or due):", "sources/test_progress.py", "whatever_their_clocks"),
+    ("sources/progress.py", "        if failed:\n", "        if failure:\n", "sources/test_progress.py", "whatever_their_clocks"),
+    ("sources/progress.py", "            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)\n", "            pass\n", "sources/test_progress.py", "same_step"),
+    ("sources/progress.py", "            if world() > 1:\n                torch.distributed.all_reduce(lost", "            if False:\n                torch.distributed.all_reduce(lost", "sources/test_progress.py", "agree_on_a_loss"),
+    ("sources/progress.py", "        if asked:\n", "        if False:\n", "sources/test_progress.py", "saves_at_the_next_step"),
 ]
