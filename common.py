@@ -1397,7 +1397,7 @@ def start(device: str) -> torch.device:
         if chosen.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"--device {device}: this machine has no usable CUDA device; try cpu")
         if "WORLD_SIZE" in os.environ and not torch.distributed.is_initialized():
-            kind = "nccl" if chosen.type == "cuda" else "gloo"
+            kind = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"      # hosts talk too
             torch.distributed.init_process_group(kind, timeout=timedelta(hours=6))    # one renders
         if chosen.type == "cuda" and world() > 1:
             chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -34,7 +34,7 @@ FAULTS = [
     ("sources/progress.py", "        if broken := not_finite(self.model):\n", "        if broken := \"\":\n", "sources/test_progress.py", "never_saved"),
     ("sources/progress.py", "        if may_save and any(votes(Stop.asked, due)):", "        if may_save and (Stop.asked or due):", "sources/test_progress.py", "whatever_their_clocks"),
     ("sources/progress.py", "        if failed:\n", "        if failure:\n", "sources/test_progress.py", "whatever_their_clocks"),
-    ("sources/progress.py", "            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)\n", "            pass\n", "sources/test_progress.py", "same_step"),
+    ("sources/progress.py", "        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)\n", "        pass\n", "sources/test_progress.py", "same_step"),
     ("sources/progress.py", "            if world() > 1:\n                torch.distributed.all_reduce(lost", "            if False:\n                torch.distributed.all_reduce(lost", "sources/test_progress.py", "agree_on_a_loss"),
     ("sources/progress.py", "        if asked:\n", "        if False:\n", "sources/test_progress.py", "saves_at_the_next_step"),
 ]
