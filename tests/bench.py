@@ -1,5 +1,7 @@
 """Speed and memory, as ratios against a baseline measured in the same run: python tests/bench.py [NAME ...]
 
+    feed      pictures a second a core, read and kept, against torchvision's ImageFolder with Pillow; a step's
+              micro-batches waited for one by one against all at once
     mano      our layer against smplx 0.1.28 on the same model (`pip install --no-deps smplx`); "not run" without
     render    synthetic images a second at 64, 128 and 256 px, everything included, and the bar
     score     raw, aligned and AUC scores of 3,960 samples in one batch against a loop with one SVD a sample;
@@ -14,6 +16,8 @@ Run by hand on a quiet machine: two threads that share a core with another progr
 """
 from __future__ import annotations
 
+import contextlib
+import io
 import lzma
 import pickle
 import subprocess
@@ -29,10 +33,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import Mano, auc, axis_angle_to_matrix, mpjpe, normalise, pa_mpjpe, score, uniform
 from hand.builtin import builtin_hand
 from hand.official import MANO_SHAPES, load_mano
-from sources import training_steps
+from sources import Source, reading, training_steps
+from sources.folder import index_folder
+from sources.hands import Hands
 from sources.judging import Exam, values_of
 from sources.predictors import facts
 from sources.protocols import PROTOCOLS
+from sources.reading import read_items
+from sources.squares import keep_squares
 from sources.synthetic import Cached, Synthetic
 import hamuco
 import handmim
@@ -330,7 +338,66 @@ def bench_hamuco() -> None:
               f"{sum(kept) / 2 ** 20:.0f} MiB kept", flush=True)
 
 
-BENCHES = {"hamuco": bench_hamuco, "handmim": bench_handmim, "mano": bench_mano, "render": bench_render, "score": bench_score, "ti_net": bench_ti_net, "peclr": bench_peclr}
+def texture(path: Path, width: int, height: int, seed: int) -> None:
+    """A JPEG of random blobs of every size, about as large a file as a photo."""
+    rng, whole = np.random.default_rng(seed), np.zeros((height, width, 3), np.float32)
+    for k in range(1, 8):
+        rough = rng.integers(0, 256, (max(2, height >> k), max(2, width >> k), 3), np.uint8)
+        whole += np.asarray(Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC)) * np.float32(2.0 ** (k - 8))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(whole.astype(np.uint8)).save(path, quality=90)
+
+
+class Slow(Source):
+    """A micro-batch takes a worker 40 ms."""
+
+    batches = read_items
+
+    def read(self, rows: list[int]) -> dict:
+        time.sleep(0.04)
+        return {"x": torch.tensor(rows)}
+
+    def __len__(self) -> int:
+        return 16 * 6
+
+
+def bench_feed() -> None:
+    """Pictures a second a core, 224 px squares of whole pictures; seconds a step that reads and computes equally long."""
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    for width, height, n, bar in ((500, 375, 64, 1), (1280, 720, 24, 1), (4000, 3000, 6, 3)):
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder)
+            for k in range(n):
+                texture(root / "train" / "some" / f"{k}.jpg", width, height, k)
+            theirs = ImageFolder(root / "train", transforms.Compose([
+                transforms.Resize(224), transforms.CenterCrop(224), transforms.PILToTensor()]))
+            index, rows = index_folder(root / "train" / "some"), list(range(n))
+            ours = Hands(index, 224, 1.0)
+            with contextlib.redirect_stdout(io.StringIO()):
+                kept = Hands(index, 224, 1.0, keep_squares(index, 224, 1.0, root / "cache", 1.0))
+            t = interleaved({"theirs": lambda: torch.stack([image for image, _ in theirs]), "ours": lambda: ours.read(rows),
+                             "kept": lambda: kept.read(rows)}, 5)
+            gap = (ours.read(rows)["image"].float() - torch.stack([image for image, _ in theirs]).float()).abs().mean()
+            print(f"feed {width} x {height}: ImageFolder {n / t['theirs']:.0f} pictures/s a core, ours {n / t['ours']:.0f}: "
+                  f"x{t['theirs'] / t['ours']:.2f}, bar {bar}; kept squares {n / t['kept']:.0f}: x{t['theirs'] / t['kept']:.0f}, "
+                  f"bar 20; they differ by {gap:.2f} grey levels", flush=True)
+    cfg, steps = peclr.Config(batch_size=16, micro_batch=1, workers=4), {}
+    for name, ahead, take in (("all at once, 8 ahead", 8, list), ("one by one", 64, iter)):
+        reading.AHEAD = ahead
+        start = time.perf_counter()
+        for step, micro_batches in training_steps(Slow(), cfg, 0, 0, torch.device("cpu")):
+            for _ in take(micro_batches):
+                time.sleep(0.01)
+            if step == 0:
+                start = time.perf_counter()                    # the first waits for the workers to start
+        steps[name] = (time.perf_counter() - start) / 5
+    print(f"feed, a step of 16 micro-batches, 4 workers, simulated: {', '.join(f'{k} {v:.3f} s' for k, v in steps.items())}; "
+          f"reading or computing alone 0.160 s")
+
+
+BENCHES = {"feed": bench_feed, "hamuco": bench_hamuco, "handmim": bench_handmim, "mano": bench_mano, "render": bench_render, "score": bench_score, "ti_net": bench_ti_net, "peclr": bench_peclr}
 
 
 def main() -> None:
