@@ -17,6 +17,7 @@ MANO_SHAPES = {
     "v_template": (N_VERTS, 3), "shapedirs": (N_VERTS, 3, 10), "posedirs": (N_VERTS, 3, 135),
     "J_regressor": (16, N_VERTS), "weights": (N_VERTS, 16), "kintree_table": (2, 16),
     "f": (1538, 3), "hands_components": (45, 45), "hands_mean": (45,)}
+MANO_LARGEST = 2.0 ** 32                          # an unsigned -1; lengths are metres, angles rad
 MANO_MAX_BYTES = 1 << 27                          # official files are below 10 MB
 
 # The official file is a Python 2 pickle that names seven classes, among them chumpy's and scipy's.
@@ -155,8 +156,8 @@ def _checked(raw: dict) -> dict[str, np.ndarray]:
             raise UserError(f"has a {key} that is not an array of numbers")
         if value.shape != shape:
             raise UserError(f"has a {key} of shape {value.shape}, MANO's is {shape}")
-        if not np.isfinite(value).all():
-            raise UserError(f"has numbers in {key} that are not finite")
+        if not (np.abs(value.astype(float)) <= MANO_LARGEST).all():
+            raise UserError(f"has numbers in {key} that are not finite, or beyond any hand's")
         kind = np.int64 if key in ("f", "kintree_table") else np.float64
         params[key] = np.array(value, kind, order="C")
     params["kintree_table"][0, 0] = -1                       # official: an unsigned -1, 4294967295

@@ -80,13 +80,13 @@ def index_dexycb(root: str | Path, split: str = "train", part: str = "s0", mano:
 
 def _label(file: Path) -> tuple[str, np.ndarray]:
     """Why a frame is left out or "", and its (156,) joint_3d m, joint_2d px, pose_m."""
+    if not file.is_file():
+        return "frames without a label file", np.full(156, np.nan)
     try:
         with np.load(file) as label:
             sizes = (("joint_3d", (21, 3)), ("joint_2d", (21, 2)), ("pose_m", (51,)))
             values = np.concatenate([numbers(label[key], key, *dims, unknown=True).ravel()
                                      for key, dims in sizes])
-    except FileNotFoundError:
-        return "frames without a label file", np.full(156, np.nan)
     except Exception:                         # bytes that are no .npz can fail anywhere in NumPy
         return "frames with a broken label file", np.full(156, np.nan)
     if (values[:63] == -1).all():

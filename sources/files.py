@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -116,23 +115,37 @@ def cached(parse: Callable[..., Index]) -> Callable[..., Index]:
 
 
 def load_index(file: Path) -> Index | None:
-    """What `save_index` wrote; None where there is no such file, or not all of it."""
+    """What `save_index` wrote, byte by byte; None where there is no such file, or another one."""
+    if not file.is_file():
+        return None
     try:
         with np.load(file) as stored:
-            columns = {name: stored[name] for name in stored.files if name != "about"}
-            return Index(columns=columns, **json.loads(str(stored["about"])))
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+            columns = {name: stored[name] for name in stored.files}
+    except Exception:                  # bytes that are no .npz can fail anywhere in NumPy's readers
         return None
+    about = str(columns.pop("about", ""))
+    if str(columns.pop("digest", "")) != _digest(about, columns):
+        return None
+    return Index(columns=columns, **json.loads(about))
+
+
+def _digest(about: str, columns: dict[str, np.ndarray]) -> str:
+    """What tells whether an index is as it was written; zip files' own checks leave gaps."""
+    digest = hashlib.sha1(about.encode("utf-8", "surrogatepass"))
+    for name, column in sorted(columns.items()):
+        digest.update(f"{name} {column.dtype} {column.shape}".encode("utf-8", "surrogatepass"))
+        digest.update(np.ascontiguousarray(column).data.cast("B") if column.size else b"")
+    return digest.hexdigest()
 
 
 def save_index(index: Index, file: Path) -> None:
     """Write an index as .npz, under another name until it is whole; UserError on failure."""
-    about = {name: value for name, value in vars(index).items() if name != "columns"}
+    about = json.dumps({name: x for name, x in vars(index).items() if name != "columns"})
     part = file.with_suffix(f".{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as out:
-            np.savez(out, about=json.dumps(about), **index.columns)
+            np.savez(out, about=about, digest=_digest(about, index.columns), **index.columns)
         os.replace(part, file)
     except OSError as error:
         raise UserError(f"--cache {file.parent}: cannot be written ({error.strerror})") from None

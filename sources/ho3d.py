@@ -98,6 +98,8 @@ def _label(file: Path) -> tuple[str, dict[str, np.ndarray]]:
     In the evaluation handJoints3D is the wrist alone, which fills the first joint.
     """
     values = {key: np.full(dims, np.nan) for key, dims in LABELS.items()}
+    if not file.is_file():
+        return "frames without a label file", values
     try:
         meta = read_pickle(file.read_bytes(), _LabelRecorder)
         given = {key: worked_out(meta[key]) for key in LABELS if meta.get(key) is not None}
@@ -109,8 +111,6 @@ def _label(file: Path) -> tuple[str, dict[str, np.ndarray]]:
             else:
                 values[key] = numbers(value, key, *LABELS[key], unknown=True)
         intrinsics(values["camMat"])
-    except FileNotFoundError:
-        return "frames without a label file", values
     except UserError as error:
         raise UserError(f"ho3d: {file}: {error}") from None
     except Exception:                    # bytes that are no pickle can fail anywhere in the decoder

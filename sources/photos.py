@@ -43,9 +43,9 @@ def _find_hands(photos: Path, crops: Path, margin: float) -> None:
         raise UserError(f"folder:photos: {photos} holds no picture ({' '.join(PICTURES)})")
     crops.mkdir(parents=True, exist_ok=True)
     seen = crops / "seen.txt"
-    done = set(seen.read_text().splitlines()) if seen.is_file() else set()
+    done = set(seen.read_text("utf-8", "surrogateescape").splitlines()) if seen.is_file() else set()
     new = [file for file in files if file not in done]
-    with open(seen, "a") as known:
+    with open(seen, "a", encoding="utf-8", errors="surrogateescape") as known:
         for file in tqdm(new, "finding hands", unit="photo"):
             try:
                 picture = read_image(photos / file)

@@ -68,7 +68,7 @@ SERIALS = ["836212060125", "839512060362", "840412060917", "841412060263", "9321
            "932122060861", "932122061900", "932122062010"]
 
 
-def write_dexycb(root: Path, subjects: list[int], frames: int = 1) -> None:
+def write_dexycb(root: Path, subjects: list[int], frames: int = 1, sequences: int = 100) -> None:
     """The official tree: in each label file joint_3d[0, 0] is (sequence, camera, frame)."""
     import yaml
     K = {"fx": 600.5, "fy": 601.5, "ppx": 310.25, "ppy": 240.75}
@@ -84,7 +84,7 @@ def write_dexycb(root: Path, subjects: list[int], frames: int = 1) -> None:
         file = root / "calibration" / f"mano_{calibration}" / "mano.yml"
         file.parent.mkdir(parents=True)
         file.write_text(yaml.safe_dump({"betas": [subject + 0.1 * k for k in range(10)]}))
-        for sequence in range(100):
+        for sequence in range(sequences):
             folder = home / f"{dates[subject]}_{140000 + sequence}"
             for camera, serial in enumerate(SERIALS):
                 (folder / serial).mkdir(parents=True)
