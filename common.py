@@ -30,6 +30,7 @@ import signal
 import sys
 import time
 import typing
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -1356,6 +1357,8 @@ def load_checkpoint(path: str | Path) -> Any:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"{part} in it is damaged")       # torch compares no checksum
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                      # torch raises many kinds: zip, pickle, runtime

@@ -125,6 +125,8 @@ def load_net(path: str | Path, mano: str = "") -> Net:
     if not isinstance(content, dict) or not needed <= set(content):
         raise UserError(f"{file}: holds no fine-tuned model; give a finetune.pt that a script here "
                         "wrote")
+    if not {type(content["method"]), type(content["row"])} <= {str}:
+        raise UserError(f"{file}: names a method or a row that is no word")
     if content["method"] not in METHODS:
         raise UserError(f"{file}: names the method {str(content['method'])[:40]!r}; known are "
                         f"{', '.join(METHODS)}")
@@ -133,6 +135,9 @@ def load_net(path: str | Path, mano: str = "") -> Net:
         cfg = stored_config(module.Config, content["cfg"])
         cfg = dataclasses.replace(cfg, mano=mano or cfg.mano)
         model = module.build(cfg)
+        for name, value in content["model"].items():
+            if value.is_complex() or not value.float().isfinite().all():
+                raise TypeError(f"{name} holds what is no weight")
         model.load_state_dict(content["model"])
         other = content.get("hand", hand_mark(cfg.mano)) != hand_mark(cfg.mano)
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:

@@ -17,7 +17,7 @@ MANO_SHAPES = {
     "v_template": (N_VERTS, 3), "shapedirs": (N_VERTS, 3, 10), "posedirs": (N_VERTS, 3, 135),
     "J_regressor": (16, N_VERTS), "weights": (N_VERTS, 16), "kintree_table": (2, 16),
     "f": (1538, 3), "hands_components": (45, 45), "hands_mean": (45,)}
-MANO_LARGEST = 2.0 ** 32                          # an unsigned -1; lengths are metres, angles rad
+MANO_LARGEST = 100.0                              # metres, rad or a share
 MANO_MAX_BYTES = 1 << 27                          # official files are below 10 MB
 
 # The official file is a Python 2 pickle that names seven classes, among them chumpy's and scipy's.
@@ -156,9 +156,10 @@ def _checked(raw: dict) -> dict[str, np.ndarray]:
             raise UserError(f"has a {key} that is not an array of numbers")
         if value.shape != shape:
             raise UserError(f"has a {key} of shape {value.shape}, MANO's is {shape}")
-        if not (np.abs(value.astype(float)) <= MANO_LARGEST).all():
+        whole = key in ("f", "kintree_table")
+        if not (np.abs(value.astype(float)) <= (2 ** 32 if whole else MANO_LARGEST)).all():
             raise UserError(f"has numbers in {key} that are not finite, or beyond any hand's")
-        kind = np.int64 if key in ("f", "kintree_table") else np.float64
+        kind = np.int64 if whole else np.float64
         params[key] = np.array(value, kind, order="C")
     params["kintree_table"][0, 0] = -1                       # official: an unsigned -1, 4294967295
     if tuple(params["kintree_table"][0]) != MANO_PARENTS:
@@ -179,6 +180,8 @@ def load_mano(path: str | Path) -> dict[str, np.ndarray]:
     and nothing in the file is run. UserError, one sentence, for a file that is not such a hand.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():         # a pipe would be waited for
+            raise UserError("is not a file")
         if Path(path).stat().st_size > MANO_MAX_BYTES:
             raise UserError(f"is larger than {MANO_MAX_BYTES >> 20} MB, a MANO file is below 10 MB")
         data = Path(path).read_bytes()

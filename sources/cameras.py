@@ -9,7 +9,7 @@ from common import N_JOINTS, UserError
 from sources.files import cached, data_folder, path_column, pictures_below
 from sources.index import DataSet, Index, Joints, tight_box
 from sources.parsing import (
-    below, hand_labels, intrinsics, numbers, parse_json, reading, rotations)
+    below, file_bytes, hand_labels, intrinsics, numbers, parse_json, reading, rotations)
 from sources.pictures import detect_hands, read_image, undistort
 
 import numpy as np
@@ -49,7 +49,7 @@ def _rig(root: Path) -> tuple[dict[str, dict], float, str]:
     """cameras.json as cameras in the order of their names, metres a unit or NaN, and the side."""
     file = root / "cameras.json"
     with reading(f"cameras: {file}"):
-        rig = parse_json(file.read_bytes())
+        rig = parse_json(file_bytes(file))
         unit = rig.pop("unit_m", None)
         unit = math.nan if unit is None else float(numbers(unit, "unit_m", least=1e-9))
         side = rig.pop("side", "right")

@@ -7,7 +7,7 @@ from pathlib import Path
 from common import N_JOINTS, Mano, UserError, auc, epe, mpjpe, pa_mpjpe, say
 from sources.files import UNLABELLED, cached, data_folder, drop_missing, note_poses, path_column
 from sources.index import DataSet, Index, Joints, tight_box
-from sources.parsing import below, numbers, one_of, parse_yaml, reading, whole
+from sources.parsing import below, file_bytes, numbers, one_of, parse_yaml, reading, whole
 
 import numpy as np
 import torch
@@ -98,7 +98,7 @@ def _frames(root: Path, folder: str, cameras: list[int]) -> dict[str, np.ndarray
     """Columns of a sequence: camera by camera in the order of serials, frame by frame."""
     def read(*parts: str) -> dict:
         file = Path(root, *(below(part, "a folder that meta.yml names") for part in parts))
-        return parse_yaml(file.read_bytes())
+        return parse_yaml(file_bytes(file))
 
     rows = []
     with reading(f"dexycb: {root / folder / 'meta.yml'}, or what it names in calibration/"):

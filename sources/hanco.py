@@ -8,7 +8,8 @@ from pathlib import Path
 from common import N_JOINTS, Mano, UserError, n_mpjpe, pa_mpjpe
 from sources.files import cached, data_folder, note_poses, path_column
 from sources.index import DataSet, Index, Joints, pinhole, poses_in_cameras
-from sources.parsing import hand_labels, intrinsics, numbers, parse_json, reading, rotations
+from sources.parsing import (
+    file_bytes, hand_labels, intrinsics, numbers, parse_json, reading, rotations)
 
 import numpy as np
 from torch import Tensor
@@ -60,7 +61,7 @@ def _moment(root: Path, folder: str, labels: str, sequence: str, frame: str,
         return root / top / sequence / f"{frame}.json"
 
     with reading(f"hanco: {file('calib')}"):
-        calibration = parse_json(file("calib").read_bytes())
+        calibration = parse_json(file_bytes(file("calib")))
         K = intrinsics(numbers(calibration["K"], "K", 8, 3, 3))
         M = numbers(calibration["M"], "M", 8, 4, 4)
         rotations(M[:, :3, :3], "M")

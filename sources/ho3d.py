@@ -116,8 +116,8 @@ def _label(file: Path) -> tuple[str, dict[str, np.ndarray]]:
     except Exception:                    # bytes that are no pickle can fail anywhere in the decoder
         nothing = {key: np.full(dims, np.nan) for key, dims in LABELS.items()}
         return "frames with a broken label file", nothing
-    known = np.concatenate([values[key].ravel()[:3] for key in ("handJoints3D", "camMat")])
-    return "" if np.isfinite(known).all() else "frames with NaN labels", values
+    whole = all(np.isfinite(np.asarray(value, float)).all() for value in given.values())
+    return "" if whole else "frames with NaN labels", values
 
 
 @cached

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import re
 import reprlib
 from collections.abc import Callable, Iterator
@@ -42,6 +43,13 @@ def _short(value: object) -> str:
     text = str(value) if isinstance(value, Exception) else _REPR.repr(value)   # YAML's may explode
     text = " ".join(text.split()) or type(value).__name__
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+def file_bytes(file: str | Path) -> bytes:
+    """The content of a plain file; ValueError where it is none: a pipe would be waited for."""
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise ValueError("it is not a file")
+    return Path(file).read_bytes()
 
 
 def parse_json(data: bytes, then: Callable[[dict], dict] | None = None, nan: bool = True) -> object:
@@ -190,7 +198,7 @@ def hand_labels(file: str | Path, side: str = "right") -> tuple[np.ndarray, np.n
     """
     key = f"hand_{side}_keypoints_2d"
     with reading(file):
-        found = parse_json(Path(file).read_bytes())
+        found = parse_json(file_bytes(file))
         if isinstance(found, dict):
             people = [numbers(person[key], key, N_JOINTS, 3, unknown=True)
                       for person in found["people"] if person.get(key)]

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -45,6 +46,8 @@ def _find_hands(photos: Path, crops: Path, margin: float) -> None:
     seen = crops / "seen.txt"
     done = set(seen.read_text("utf-8", "surrogateescape").splitlines()) if seen.is_file() else set()
     new = [file for file in files if file not in done]
+    if os.path.lexists(seen) and not seen.is_file():
+        raise UserError(f"--cache: {seen} is in the way; remove it")
     with open(seen, "a", encoding="utf-8", errors="surrogateescape") as known:
         for file in tqdm(new, "finding hands", unit="photo"):
             try:

@@ -200,14 +200,16 @@ def _distort(xy: np.ndarray, dist: np.ndarray) -> np.ndarray:
 
 
 def undistort(uv: np.ndarray, K: np.ndarray, dist: np.ndarray) -> np.ndarray:
-    """Points (..., 2) px as seen -> where a pinhole camera with the same K would see them."""
+    """Points (..., 2) px as seen -> where a pinhole camera with the same K sees them, else NaN."""
     f = K[[0, 1], [0, 1]]
     c = K[:2, 2]
     seen = (uv - c) / f
     xy = seen
-    for _ in range(50):                                            # fixed point: x = seen - bend(x)
-        xy = seen - (_distort(xy, dist) - xy)
-    return xy * f + c
+    with np.errstate(over="ignore", invalid="ignore"):             # far outside it runs away
+        for _ in range(50):                                        # fixed point: x = seen - bend(x)
+            xy = seen - (_distort(xy, dist) - xy)
+        found = xy * f + c
+    return np.where(np.abs(found) <= 1e6, found, np.nan)
 
 
 def undistort_picture(picture: np.ndarray, K: np.ndarray, dist: np.ndarray) -> np.ndarray:

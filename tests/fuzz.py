@@ -34,6 +34,7 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
 import signal
 import sys
@@ -41,7 +42,6 @@ import tempfile
 import time
 import traceback
 import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -226,7 +226,7 @@ def change_npz(rng: random.Random, data: bytes) -> tuple[bytes, bool]:
         np.savez(out, **arrays)
         return out.getvalue().replace(b"'shape': (1", b"'shape': (" + rng.choice([b"9" * 12, b"-1"]), 1), False
     elif kind == 2:
-        np.savez_compressed(out, **arrays, bomb=np.zeros(1 << 24))
+        np.savez_compressed(out, **arrays, bomb=np.zeros(1 << 18))
         return out.getvalue(), False
     else:
         arrays[key], wrong = change_array(rng, arrays[key])
@@ -607,8 +607,8 @@ def one_try(reader: Reader, root: Path, files: list[Path], seed: str, baseline: 
                 answer = reader.read(root)
             except UserError as error:
                 kind, remark = "clear", str(error)
-                if "\n" in remark or not remark.strip():
-                    kind = "traceback"
+                if "\n" in remark or not {file.name, file.stem, root.name, file.parent.name} & set(re.findall(r"[\w.]+", remark)):
+                    kind, remark = "traceback", f"no sentence that names the file: {remark}"
             except BaseException:
                 kind, remark = "traceback", "".join(traceback.format_exc().splitlines(True)[-9:])
             else:
