@@ -1,6 +1,7 @@
 """tests/reproduce.py: every planned command is accepted, a tiny claim runs, verdicts, README agrees."""
 import dataclasses
 import json
+import math
 import shlex
 from types import SimpleNamespace
 
@@ -12,11 +13,11 @@ import hamuco
 import handmim
 import peclr
 import ti_net
-from claims import measure, papers, show, sitting, verdict
+from claims import canonpose, measure, papers, show, sitting, verdict
 from claims.plan import (
     BATCH, CLAIMS, CORE, FURTHER, PECLR, ROOT, TI_NET, Claim, Comparison, Row, Scale, Tuning,
     Weights, budgets_of, calibration, epochs_of, momentum, pictures_of, pretrain_words, tune_words)
-from common import parse, settle, share
+from common import pa_mpjpe, parse, settle, share
 from sources import parse_data
 from sources.protocols import PROTOCOLS
 from sources.synthetic import Synthetic
@@ -26,6 +27,8 @@ SCRIPTS = {"ti_net.py": ti_net, "handmim.py": handmim, "peclr.py": peclr, "hamuc
 
 def accepted(words):
     """The Config that a command line gives, as far as the script checks before it reads any data."""
+    if words[0] == "tests/claims/canonpose.py":
+        return canonpose.options(words[1:])
     script = SCRIPTS[words[0]]
     given = parse(script.Config, words[1:], script.__doc__, script.QUICK, script.VARIANTS)
     stage = "finetune" if given.get("finetune") else "pretrain"
@@ -54,7 +57,8 @@ def test_the_scripts_accept_every_planned_command(claim):
         for budget in budgets_of(claim, row):
             if row.weights:
                 cfg = accepted(pretrain_words(row.weights, 2, budget, "out", "cache", scale, 1e-3))
-                assert cfg.epochs == epochs_of(row.weights, budget, scale) and cfg.seed == 2
+                assert cfg.seed == 2
+                assert row.weights.script == "canonpose" or cfg.epochs == epochs_of(row.weights, budget, scale)
                 assert cfg.data == ("synthetic",) and cfg.out == "out" and cfg.cache == "cache"
                 assert pictures_of(row.weights, budget, scale) == budget * 131_072
         for tuning in claim.tunings:
@@ -262,19 +266,20 @@ def test_rows_wait_for_their_calibration_which_comes_first(tmp_path, monkeypatch
 
 def test_ridge_is_the_closed_form_with_the_weight_that_is_best_on_val():
     """Against a solve of the normal equations for every weight, and a brute choice on val."""
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(1)
     W = torch.randn(5, 6, generator=g, dtype=torch.float64)
-    X = {s: 3 + 2 * torch.randn(n, 5, generator=g, dtype=torch.float64) for s, n in (("train", 12), ("val", 40), ("test", 30))}
+    X = {s: 3 + 2 * torch.randn(n, 5, generator=g, dtype=torch.float64) for s, n in (("train", 12), ("val", 40), ("test", 6))}
     Y = {s: x @ W + 4 * torch.randn(len(x), 6, generator=g, dtype=torch.float64) for s, x in X.items()}
     Z = {s: (x - X["train"].mean(0)) / X["train"].std(0) for s, x in X.items()}
-    best = None
+    err = {"val": [], "test": []}
     for weight in measure.RIDGES:
         A = Z["train"].T @ Z["train"] / 12 + weight * torch.eye(5, dtype=torch.float64)
         B = torch.linalg.solve(A, Z["train"].T @ (Y["train"] - Y["train"].mean(0)) / 12)
-        err = {s: (Z[s] @ B + Y["train"].mean(0) - Y[s]).view(-1, 2, 3).norm(dim=-1).mean(1) for s in ("val", "test")}
-        if best is None or err["val"].mean() < best[0]:
-            best = (err["val"].mean(), err["test"])
-    assert torch.allclose(measure.ridge(X, {"joints": (Y, 3)})["joints"], best[1], rtol=1e-8)
+        for s, errors in err.items():
+            errors.append((Z[s] @ B + Y["train"].mean(0) - Y[s]).view(-1, 2, 3).norm(dim=-1).mean(1))
+    chosen, luckiest = (int(torch.stack(err[s]).mean(1).argmin()) for s in ("val", "test"))
+    assert chosen != luckiest and 0 < chosen < 24
+    assert torch.allclose(measure.ridge(X, {"joints": (Y, 3)})["joints"], err["test"][chosen], rtol=1e-8)
 
 
 def test_dimensions_are_the_axes_that_vary():
@@ -295,6 +300,45 @@ def test_a_metric_of_every_sample_is_its_mean_over_views():
     sums = torch.tensor([[[3.0, 2, 0]], [[5.0, 1, 0]], [[0.0, 0, 0]]])
     row = SimpleNamespace(tallies={"ours": SimpleNamespace(sums={"x": sums})})
     assert measure.by_hand(row, "x").nan_to_num(-1).tolist() == [1.5, 5.0, -1.0]
+
+
+def views_of_hands(n=24, V=3):
+    """Moments of random hands seen by an orthographic camera each, y down: joints in cameras, R, labels."""
+    g = torch.Generator().manual_seed(0)
+    world = torch.randn(n, 1, 21, 3, generator=g) * 0.03
+    R = torch.linalg.qr(torch.randn(n, V, 3, 3, generator=g))[0]
+    R = R * torch.linalg.det(R)[..., None, None].sign()
+    joints = world @ R.mT
+    cameras = torch.eye(4).repeat(n, V, 1, 1)
+    cameras[..., :3, :3] = R
+    scale = 500 + 500 * torch.rand(n, V, 1, 1, generator=g)
+    uv = scale * joints[..., :2] + 40 * torch.rand(n, V, 1, 2, generator=g)
+    return joints, {"uv_label": uv, "confidence": torch.rand(n, V, 21, generator=g), "cameras": cameras,
+                    "view_ok": torch.ones(n, V, dtype=torch.bool)}
+
+
+def test_the_true_hand_reprojects_onto_all_labels_whatever_place_and_size():
+    joints, batch = views_of_hands()
+    uv, c, R = canonpose.labels(batch)
+    assert canonpose.reprojection(3 * joints + 1, R, uv, c) < 1e-5
+    assert canonpose.reprojection(joints * torch.tensor([1, 1, -1.0]), R, uv, c) > 0.2          # depth the wrong way
+    assert canonpose.reprojection(joints, R.mT, uv, c) > 0.2
+    batch["uv_label"][:, :, 4] = math.nan                              # a joint without a label counts nowhere
+    batch["view_ok"][0, 1] = False
+    uv, c, R = canonpose.labels(batch)
+    assert (c[:, :, 4] == 0).all() and (c[0, 1] == 0).all() and canonpose.reprojection(joints, R, uv, c) < 1e-5
+
+
+def test_lifted_labels_come_near_the_hands_and_their_fusion_nearer():
+    joints, batch = views_of_hands()
+    torch.manual_seed(0)
+    model = canonpose.Lifter(width=64)
+    losses = canonpose.train(model, batch, 150, 0, size=24)
+    found = {name: 1000 * pa_mpjpe(pred["joints"].flatten(0, 1), joints.flatten(0, 1)).nanmean()
+             for name, pred in canonpose.predict(model, batch).items()}
+    before = 1000 * pa_mpjpe(canonpose.predict(canonpose.Lifter(64), batch)["single"]["joints"].flatten(0, 1),
+                             joints.flatten(0, 1)).nanmean()
+    assert losses[-1] < 0.4 * losses[0] and found["single"] < 0.5 * before and found["fusion"] < found["single"]
 
 
 # ---- Verdicts ------------------------------------------------------------------------------------

@@ -6,16 +6,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 # common before torch: it settles how threads wait
-from common import build_backbone, load_backbone, normalise, transform, warp
+from common import build_backbone, load_backbone, load_checkpoint, normalise, transform, warp
 
 import eval as judge
 import hamuco
 import handmim
 import peclr
 import ti_net
+from claims import canonpose
 from claims.plan import Claim, Scale
 from sources import Source, batches, hand_for, open_data
 from sources.judging import Exam, Row, assess
+from sources.predictors import outputs
+from sources.recipes import stored_config
 
 import torch
 from torch import Tensor, nn
@@ -177,19 +180,30 @@ def tuned(folder: Path, name: str, tests: tuple[str, ...], split: str) -> Scores
 
 
 def collaborated(folder: Path, split: str) -> Scores:
-    """HaMuCo's outputs, its labels and what triangulation makes of them, on moments of a split."""
-    net = judge.load_net(folder)
-    data = hamuco.open_rig(net.cfg, split, CPU)
-    exam = Exam(data, "synthetic", hand_for("synthetic", net.cfg.mano), CPU)
-    name = "single_view" if "single-view" in net.cfg.variant else "hamuco"
-    guess = hamuco.predictor({name: net.model.eval()}, net.cfg.image_size, True)
-    rows, _ = assess(exam, guess, net.mean)
+    """HaMuCo's outputs, its labels and their triangulation, or what lifted labels give (canonpose.py)."""
+    lifter = folder / "canonpose.pt"
+    if lifter.is_file():
+        cfg = stored_config(hamuco.Config, json.loads((folder / "train" / "config.json").read_text())["cfg"])
+        model, mean = canonpose.Lifter(), None
+        model.load_state_dict(load_checkpoint(lifter))
+    else:
+        net = judge.load_net(folder)
+        cfg, mean = net.cfg, net.mean
+        name = "single_view" if "single-view" in cfg.variant else "hamuco"
+        guess = hamuco.predictor({name: net.model.eval()}, cfg.image_size, True)
+
+    def lifted(batch: dict) -> dict[str, dict[str, Tensor]]:
+        return outputs(canonpose.predict(model, batch), "")
+
+    data = hamuco.open_rig(cfg, split, CPU)
+    exam = Exam(data, cfg.data[0], hand_for(cfg.data[0], cfg.mano), CPU)
+    rows, _ = assess(exam, lifted if lifter.is_file() else guess, mean)
     out = Scores({}, {})
     for name, row in rows.items():
         for metric in ("pa_mpjpe_mm", "n_mpjpe_mm", "mpjpe_mm"):
             if metric in row.means():
                 out.add(f"{name.partition('-')[0]}_{metric}", by_hand(row, metric))
         if "epe_2d_px_crop" in row.means():
-            in_256 = 256 / net.cfg.image_size * by_hand(row, "epe_2d_px_crop")
+            in_256 = 256 / cfg.image_size * by_hand(row, "epe_2d_px_crop")
             out.add(f"{name.partition('-')[0]}_2d_px", in_256)
     return out

@@ -202,7 +202,8 @@ HAMUCO = (
             FULL + " --variant single-view --supervision truth3d"),
         row("EpipolarPose, known cameras (its idea in our network)",
             FULL + " --variant single-view --supervision triangulated"),
-        *others("CanonPose, known cameras", "EpipolarPose, unknown cameras", "CanonPose, unknown cameras", why=NOT_BUILT),
+        row("CanonPose, known cameras (its idea)", "tests/claims/canonpose.py --data hanco=DIR --views 8 --out RUN"),
+        *others("EpipolarPose, unknown cameras", "CanonPose, unknown cameras", why=NOT_BUILT),
         row("Ours, known cameras", FULL), row("Ours, unknown cameras", FULL + " --calibration none"))),
     Entry("HaMuCo", "Table 2", "FreiHAND's evaluation set", (
         *others("YoutubeHand", "I2UV-HandNet", "MobRecon", "S2HAND"),
@@ -220,7 +221,8 @@ HAMUCO = (
         row("Ours, self-supervised: rows fusion_center, fusion_ransac", FULL),
         row("EpipolarPose, self-supervised (its idea in our network)", FULL + " --variant single-view --supervision triangulated"),
         *others("EpipolarTrans, both", "LT-Algebraic, both", "LT-Volumetric, both", "LT-Volumetric with the true centre, both",
-                "CanonPose", why=NOT_BUILT))),
+                why=NOT_BUILT),
+        row("CanonPose (its idea): fusion", "tests/claims/canonpose.py --data hanco=DIR --views 8 --out RUN"))),
     Entry("HaMuCo", "Table 4", "parts removed", (
         row("1 Full, ResNet-50", FULL), row("2 Full, ResNet-18", R18),
         *(row(f"{n} without {name}", f"{R18} --variant no-{name}")

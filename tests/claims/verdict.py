@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from claims.plan import SEEDS, Claim, Comparison, Row, budgets_of
+from claims.plan import SEEDS, Claim, Comparison, Row, budgets_of, without_pictures
 
 import numpy as np
 from scipy import stats
@@ -32,7 +32,7 @@ class Verdict:
 
 def line_of(found: list[dict], row: Row, seed: int, budget: float) -> dict | None:
     """The last line of a row and seed; a row without pre-training has one for all budgets."""
-    budget = 0 if row.weights is None else budget
+    budget = 0 if without_pictures(row) else budget
     return next((line for line in reversed(found) if (line["row"], line["seed"], line["budget"])
                  == (row.name, seed, budget)), None)
 
