@@ -83,6 +83,13 @@ Differs from the paper (it has no public code; "iBOT" is bytedance/ibot @da316d8
     middle 71 %.
 16. Data. The paper counts 221,602 pictures; each source's count is printed, so yours can be
     compared.
+17. Short runs. Of a fast teacher all answers become the same one while its centre lags, and uniform
+    once the centre is there: so centres move 25 times as fast as the teacher at first, at most all
+    the way (of iBOT's 0.996: its tenth). And what two views share fades unless their logits
+    correlate (`agreement`) by more than the temperatures' ratio, since a student of targets at tau
+    answers with correlation x 0.1 / tau of their spread. Young networks agree by 0.3 to 0.4 on
+    iBOT's views, under 0.1 on HandMIM's, whose turns they cannot undo yet: --quick has tau 0.02
+    (`--teacher-tau`), which suffices for the former only.
 """
 from __future__ import annotations
 
@@ -140,6 +147,7 @@ TEACHER_TAU = (0.04, 0.07)              # first and last
 TEACHER_TAU_EPOCHS = 30                 # from the first to the last
 FROZEN_EPOCHS = 1                       # prototypes keep still
 CENTRE_MOMENTUM = 0.9
+CENTRE_PACE = 25                        # a centre's share of a step, in the teacher's: 0.1 / 0.004
 CLIP = 3.0
 FINAL_LR = 1e-6
 
@@ -167,8 +175,8 @@ FINETUNE_VARIANTS = {"linear-rectifiers", "pymaf-sampler"}
 
 SMALL = dict(data=("synthetic:calm",), backbone="vit_mini", image_size=64, batch_size=64,
              micro_batch=64, samples=2240, workers=0)
-QUICK = {"pretrain": SMALL | dict(epochs=2, lr=8e-3, teacher_momentum=0.87, prototypes=512,
-                                  head_hidden=256, decoder_width=16, probe_every=0),
+QUICK = {"pretrain": SMALL | dict(epochs=2, lr=8e-3, teacher_momentum=0.87, teacher_tau=0.02,
+                                  prototypes=512, head_hidden=256, decoder_width=16, probe_every=0),
          "finetune": SMALL | dict(epochs=4, batch_size=32, micro_batch=32, lr=1e-3)}
 
 
@@ -201,6 +209,8 @@ class Config(Flags):
                               why="iBOT", finetune=0.0, finetune_why="Adam has none")
     teacher_momentum: float = arg(0.996, "of the teacher at first, 1 at last, by a cosine",
                                   why="iBOT", stage="pretrain", most=1)
+    teacher_tau: float = arg(TEACHER_TAU[0], "the teacher's temperature at first; within 30 epochs "
+                             "it grows to 7/4 of this", why="iBOT", stage="pretrain")
     drop_path: float = arg(0.1, "chance that the student's last block is skipped", why="iBOT",
                            stage="pretrain", most=1)
     prototypes: int = arg(8192, "K, scores that latents are compared by", why="iBOT",
@@ -628,13 +638,17 @@ def collapse_monitors(teacher: Tensor, centre: Tensor, tau: float) -> dict[str, 
     """Entropy, nats, of the teacher's answers for (B, 2, ..., K) logits; 0 and ln K are collapses.
 
     entropy: mean over pictures (ln K: every answer is uniform); entropy_mean: of the mean answer
-    (near `entropy`: all pictures get the same one).
+    (near `entropy`: all pictures get the same one); agreement: correlation of two views' logits,
+    which fade where it stays below tau / 0.1 (17).
     """
     def entropy(p: Tensor) -> Tensor:
         return -(p * p.clamp(min=1e-12).log()).sum(-1).mean()
 
     answers = ((teacher - centre) / tau).softmax(-1)
-    return {"entropy": entropy(answers), "entropy_mean": entropy(answers.mean((0, 1)))}
+    apart = teacher - teacher.mean((0, 1))
+    shared = 2 * (apart[:, 0] * apart[:, 1]).sum() / apart.square().sum().clamp(min=1e-12)
+    return {"entropy": entropy(answers), "entropy_mean": entropy(answers.mean((0, 1))),
+            "agreement": shared}
 
 
 # ---- Fine-tuned network (Sec. 2.5) --------------------------------------------------------------
@@ -857,13 +871,13 @@ def lr_at(step: int, cfg: Config, steps: int) -> float:
     return cosine(step, cfg.epochs * steps, cfg.lr * cfg.batch_size / 1024, FINAL_LR, warm)
 
 
-def teacher_tau(epoch: int, warm: int = TEACHER_TAU_EPOCHS) -> float:
-    """The teacher's temperature in an epoch: linear over `warm` epochs (iBOT).
+def teacher_tau(epoch: int, first: float = TEACHER_TAU[0], warm: int = TEACHER_TAU_EPOCHS) -> float:
+    """The teacher's temperature in an epoch: from `first`, linear over `warm` epochs (iBOT).
 
     Shorter runs end below the last value, on the side that guards against uniform answers.
     """
     low, high = TEACHER_TAU
-    return low + (high - low) * min(1.0, epoch / max(1, warm - 1))
+    return first / low * (low + (high - low) * min(1.0, epoch / max(1, warm - 1)))
 
 
 def pretrain_step(net: nn.Module, batch: dict, cfg: Config, epoch: int) -> dict[str, Tensor]:
@@ -874,7 +888,7 @@ def pretrain_step(net: nn.Module, batch: dict, cfg: Config, epoch: int) -> dict[
     keep = draw_paths(batch["index"], len(vit.blocks), cfg, epoch)
     with autocast(views.device, cfg.precision):     # the network only: bfloat16 misses pixels
         out = net(views, masks, view, keep)
-    tau = teacher_tau(epoch)
+    tau = teacher_tau(epoch, cfg.teacher_tau)
     times = 2 if "summed" in cfg.variant else 1
     zero = views.new_zeros(())
     L_pose, L_patch, L_recon = zero, zero, zero         # what a variant leaves out is not computed
@@ -918,13 +932,21 @@ def update_teacher(model: HandMIM, momentum: float) -> None:
     torch._foreach_lerp_(teacher, student, 1 - momentum)
 
 
+def centre_share(teacher_momentum: float) -> float:
+    """How far centres move in a step: iBOT's tenth, or more beside a teacher that is faster (17).
+
+    A centre that lags lets every answer become the same one; once it arrives, all are uniform.
+    """
+    return max(1 - CENTRE_MOMENTUM, min(1.0, CENTRE_PACE * (1 - teacher_momentum)))
+
+
 @torch.no_grad()
-def update_centre(centre: Tensor, mean: Tensor) -> None:
-    """A centre moves a tenth toward a step's mean logits, of all of its pictures (9)."""
+def update_centre(centre: Tensor, mean: Tensor, share: float = 1 - CENTRE_MOMENTUM) -> None:
+    """A centre moves a share toward a step's mean logits, of all of its pictures (9)."""
     if world() > 1:
         torch.distributed.all_reduce(mean)
         mean /= world()
-    centre.lerp_(mean.to(centre.dtype), 1 - CENTRE_MOMENTUM)
+    centre.lerp_(mean.to(centre.dtype), share)
 
 
 def finetune_step(net: nn.Module, batch: dict, cfg: Config, epoch: int) -> dict[str, Tensor]:
@@ -1033,6 +1055,7 @@ def pretrain(cfg: Config, out: Path, device: torch.device, file: str = "backbone
     optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay))
     net = parallel(model, device, cfg.compile)
     run = Run(folder, METHOD, cfg, model, optimizer, total=total)
+    share = centre_share(cfg.teacher_momentum)
     for epoch in range(run.step // steps, cfg.epochs):
         model.train()
         for step, micro_batches in training_steps(data, cfg, epoch, run.step % steps, device):
@@ -1053,9 +1076,9 @@ def pretrain(cfg: Config, out: Path, device: torch.device, file: str = "backbone
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             update_teacher(model, cosine(run.step, total, cfg.teacher_momentum, 1.0))
-            update_centre(model.centre, sums.pop("centre"))
+            update_centre(model.centre, sums.pop("centre"), share)
             if "centre_patch" in sums:
-                update_centre(model.centre_patch, sums.pop("centre_patch"))
+                update_centre(model.centre_patch, sums.pop("centre_patch"), share)
             run.advance(sums, epoch, lr=rate, may_save=step + 1 < steps)
         measured = {}
         last = epoch + 1 == cfg.epochs

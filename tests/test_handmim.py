@@ -326,6 +326,7 @@ def test_schedules_hold_for_runs_of_any_length():
     assert lr_at(400 * 216 - 1, cfg, 216) == pytest.approx(1e-6, rel=0.01)
     assert lr_at(0, Config(batch_size=256, epochs=1, warmup_epochs=0), 5) == pytest.approx(5e-4)
     assert [teacher_tau(e) for e in (0, 1, 29, 399)] == pytest.approx([0.04, 0.04 + 0.03 / 29, 0.07, 0.07])
+    assert [teacher_tau(e, 0.02) for e in (0, 29)] == pytest.approx([0.02, 0.035])
     for epochs in (1, 2, 3):
         short = handmim.configure({"epochs": epochs}, "pretrain")
         assert all(0 <= lr_at(k, short, 4) <= 2e-3 for k in range(4 * epochs))
@@ -662,6 +663,34 @@ def test_monitors_tell_the_two_collapses():
     each = 9 * torch.eye(16).view(8, 2, 16)
     healthy = handmim.collapse_monitors(each, torch.zeros(16), 0.04)
     assert float(healthy["entropy"]) < 1e-4 and float(healthy["entropy_mean"]) == pytest.approx(math.log(16), rel=1e-4)
+    assert float(flat["agreement"]) == 0 and float(healthy["agreement"]) == pytest.approx(-1 / 15)
+    pairs = 7 + torch.randn(8, 1, 16, generator=torch.Generator().manual_seed(0)).expand(-1, 2, -1)
+    assert float(handmim.collapse_monitors(pairs, torch.zeros(16), 0.04)["agreement"]) == pytest.approx(1)
+
+
+def test_a_centre_as_fast_as_its_teacher_keeps_answers_apart():
+    """Ten steps of a small head beside a teacher of --quick's pace: one answer for all, but for the rule (17)."""
+    assert [handmim.centre_share(m) for m in (0.87, 0.98, 0.996, 1.0)] == pytest.approx([1, 0.5, 0.1, 0.1])
+
+    def spread(share):
+        torch.manual_seed(0)
+        student, teacher = Head(32, 64, 32, 64), Head(32, 64, 32, 64)
+        teacher.load_state_dict(student.state_dict())
+        adam, centre, offset = torch.optim.AdamW(student.parameters(), 2e-3), torch.zeros(64), torch.randn(32)
+        for _ in range(10):
+            x = offset + torch.randn(64, 1, 32) + 0.5 * torch.randn(64, 2, 32)      # two views of 64 pictures
+            answers = student.last_layer(student(x))
+            with torch.no_grad():
+                truth = teacher.last_layer(teacher(x))
+                seen = handmim.collapse_monitors(truth, centre, 0.04)["entropy_mean"]
+            pose_loss(answers, truth, centre, 0.04).backward()
+            adam.step()
+            adam.zero_grad()
+            with torch.no_grad():
+                torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 0.13)
+            update_centre(centre, truth.mean((0, 1)), share)
+        return float(seen)
+    assert spread(0.1) < 0.5 and spread(handmim.centre_share(0.87)) > 0.9 * math.log(64)
 
 
 def gradients(cfg, parts):
