@@ -12,6 +12,9 @@
     peclr     two views a picture against Pillow's, one by one; the share of a step outside the network;
               memory of a step of 512 pictures, in one graph and cached
 
+    memory [SCRIPT[:STAGE] ...]     bytes of a step at the paper's sizes, counted, and the micro-batch that fits 8 to 80 GB
+    hours [SCRIPT[:STAGE] ...]      a paper's whole recipe on an A100 and an H100, extrapolated from counted FLOPs
+
 Run by hand on a quiet machine: two threads that share a core with another program say nothing.
 """
 from __future__ import annotations
@@ -42,6 +45,7 @@ from sources.protocols import PROTOCOLS
 from sources.reading import read_items
 from sources.squares import keep_squares
 from sources.synthetic import Cached, Synthetic
+from benches.tables import bench_hours, bench_memory
 import hamuco
 import handmim
 import peclr
@@ -400,8 +404,14 @@ def bench_feed() -> None:
 BENCHES = {"feed": bench_feed, "hamuco": bench_hamuco, "handmim": bench_handmim, "mano": bench_mano, "render": bench_render, "score": bench_score, "ti_net": bench_ti_net, "peclr": bench_peclr}
 
 
+COMMANDS = {"memory": bench_memory, "hours": bench_hours}           # these take words of their own
+
+
 def main() -> None:
     torch.set_num_threads(2)
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        COMMANDS[sys.argv[1]](sys.argv[2:])
+        return
     for name in sys.argv[1:] or BENCHES:
         BENCHES[name]()
 
