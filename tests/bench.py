@@ -11,7 +11,10 @@
     handmim   the share of a step outside the networks; Eq. 8's decoder in our order and as printed
     peclr     two views a picture against Pillow's, one by one; the share of a step outside the network;
               memory of a step of 512 pictures, in one graph and cached
+    rss       memory of a fresh process at steps 50 and 300
+    start     seconds of --help of the five commands against importing torch and torchvision alone
 
+    profile [SCRIPT[:STAGE] ...]    where a step's time goes, at quick and paper sizes; --device cuda --precision bf16 --compile
     memory [SCRIPT[:STAGE] ...]     bytes of a step at the paper's sizes, counted, and the micro-batch that fits 8 to 80 GB
     hours [SCRIPT[:STAGE] ...]      a paper's whole recipe on an A100 and an H100, extrapolated from counted FLOPs
 
@@ -45,6 +48,8 @@ from sources.protocols import PROTOCOLS
 from sources.reading import read_items
 from sources.squares import keep_squares
 from sources.synthetic import Cached, Synthetic
+from benches.profiling import bench_profile
+from benches.starting import bench_rss, bench_start
 from benches.tables import bench_hours, bench_memory
 import hamuco
 import handmim
@@ -401,17 +406,18 @@ def bench_feed() -> None:
           f"reading or computing alone 0.160 s")
 
 
-BENCHES = {"feed": bench_feed, "hamuco": bench_hamuco, "handmim": bench_handmim, "mano": bench_mano, "render": bench_render, "score": bench_score, "ti_net": bench_ti_net, "peclr": bench_peclr}
+BENCHES = {"feed": bench_feed, "hamuco": bench_hamuco, "handmim": bench_handmim, "mano": bench_mano, "render": bench_render, "score": bench_score, "ti_net": bench_ti_net, "peclr": bench_peclr, "rss": bench_rss, "start": bench_start}
 
 
-COMMANDS = {"memory": bench_memory, "hours": bench_hours}           # these take words of their own
+COMMANDS = {"memory": bench_memory, "hours": bench_hours, "profile": bench_profile}           # these take words of their own
 
 
 def main() -> None:
-    torch.set_num_threads(2)
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        torch.set_num_threads(1)                    # its processor time is then a step's
         COMMANDS[sys.argv[1]](sys.argv[2:])
         return
+    torch.set_num_threads(2)
     for name in sys.argv[1:] or BENCHES:
         BENCHES[name]()
 
