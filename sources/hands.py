@@ -70,15 +70,13 @@ class Hands(Source):
     def read(self, rows: list[int]) -> dict:
         """See `Source`."""
         at = np.array(rows)
-        images = np.zeros((len(at), 3, self.size, self.size), np.uint8)
+        images = np.empty((len(at), 3, self.size, self.size), np.uint8)
         sizes = np.full((len(at), 2), self.size)
         broken = np.zeros(len(at), bool)
         for k, row in enumerate(at.tolist()):
             found = self._picture(row)
-            if found is None:
-                broken[k] = True
-            else:
-                images[k], sizes[k] = found
+            broken[k] = found is None
+            images[k], sizes[k] = found or (0, self.size)
         return {"image": torch.from_numpy(images), **self._labels(at, sizes, broken)}
 
     def _picture(self, row: int) -> tuple[np.ndarray, np.ndarray] | None:

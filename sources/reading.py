@@ -1,10 +1,12 @@
 """How the samples of a plan are read: by worker processes, ahead of their use, onto the device."""
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 
 # common before torch: it settles how threads wait
-from common import UserError
+from common import UserError, world
 from sources.loader import Source
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 # four recipes has at most 64 micro-batches, so the next one is read while this one is computed.
 AHEAD_BYTES = 1 << 30
 AHEAD = 64
+SHARED = "/dev/shm"                     # where batches wait; at most a quarter of what is free there
 
 
 def read_items(data: Source, plan: list[Tensor], device: torch.device,
@@ -47,7 +50,10 @@ class Planned(torch.utils.data.Dataset):
 def read_ahead(data: Source, plan: list[Tensor], workers: int) -> int:
     """How many batches each worker has ready or in hand, at least two."""
     largest = max(map(len, plan)) * data.picture_bytes
-    return max(2, min(AHEAD, AHEAD_BYTES // max(largest, 1)) // workers)
+    room = AHEAD_BYTES
+    if os.path.isdir(SHARED):
+        room = min(room, shutil.disk_usage(SHARED).free // (4 * world()))
+    return max(2, min(AHEAD, room // max(largest, 1)) // workers)
 
 
 def _told(stream: Iterator[dict]) -> Iterator[dict]:

@@ -19,6 +19,7 @@ FAULTS = [
     ("sources/steps.py", "            _ = micro_batches[-1] ", "            pass ", "sources/test_loader.py", "first_micro_batch"),
     ("sources/steps.py", "        stream.close() ", "        pass ", "sources/test_loader.py", "left_in_the_middle"),
     ("sources/reading.py", "largest = max(map(len, plan)) * data.picture_bytes", "largest = data.picture_bytes", "sources/test_loader.py", "as_far_as_memory"),
+    ("sources/reading.py", "shutil.disk_usage(SHARED).free // (4 *", "shutil.disk_usage(SHARED).free // (1 *", "sources/test_loader.py", "as_far_as_memory"),
     # a row as a sample
     ("sources/hands.py", 'for key in ("K", "joints", "verts", "trans"):', 'for key in ("K", "joints", "verts"):', "sources/test_hands.py", "mirrored_with_everything"),
     ("sources/hands.py", 'for key in ("K", "joints", "verts", "trans"):', 'for key in ("joints", "verts", "trans"):', "sources/test_hands.py", "mirrored_with_everything"),

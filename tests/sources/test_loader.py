@@ -1,6 +1,7 @@
 """The protocol of a source, kept by every one of them; batches: which samples, in which order."""
 import json
 import multiprocessing
+import types
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from PIL import Image
 
 import ti_net
 from common import UserError, steps_per_epoch
-from sources import Source, batches, open_data, training_steps
+from sources import Source, batches, open_data, reading, training_steps
 from sources.folder import index_folder
 from sources.hands import Hands
 from sources.loader import Joined, Rows
@@ -240,9 +241,12 @@ def test_a_step_left_in_the_middle_leaves_no_process_behind():
         micro[1]
 
 
-@pytest.mark.parametrize("side, rows, workers, ahead", [(336, 64, 4, 12), (380, 17, 4, 16), (64, 2, 3, 21), (2000, 512, 2, 2)])
-def test_a_step_is_read_ahead_as_far_as_memory_goes(side, rows, workers, ahead):
-    """1 GiB and 64 batches: HandMIM's 64 pictures of 336 px are 21.7 MB, of which 48 of its 16 a step fit."""
+@pytest.mark.parametrize("side, rows, workers, shared, ahead", [
+    (336, 64, 4, 2 ** 35, 12), (380, 17, 4, 2 ** 35, 16), (64, 2, 3, 2 ** 35, 21), (2000, 512, 2, 2 ** 35, 2), (336, 64, 2, 2 ** 30, 6)])
+def test_a_step_is_read_ahead_as_far_as_memory_goes(side, rows, workers, shared, ahead, tmp_path, monkeypatch):
+    """1 GiB and 64 batches: HandMIM's 64 pictures of 336 px are 21.7 MB, so 48 of them wait where a step has 16."""
+    monkeypatch.setattr(reading, "SHARED", str(tmp_path))
+    monkeypatch.setattr(reading.shutil, "disk_usage", lambda place: types.SimpleNamespace(free=shared))
     data = Numbers(9)
     data.picture_bytes = 3 * side ** 2
     assert read_ahead(data, [torch.arange(2), torch.arange(rows)], workers) == ahead
