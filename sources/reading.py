@@ -17,7 +17,7 @@ from torch import Tensor
 # four recipes has at most 64 micro-batches, so the next one is read while this one is computed.
 AHEAD_BYTES = 1 << 30
 AHEAD = 64
-SHARED = "/dev/shm"                     # where batches wait; at most a quarter of what is free there
+SHARED = "/dev/shm"                  # where batches wait; at most a quarter of what is free there
 
 
 def read_items(data: Source, plan: list[Tensor], device: torch.device,
