@@ -3,7 +3,7 @@
     python tests/reproduce.py               tests/pictures/synthetic.png
     python tests/reproduce.py RUN ...       sheet.png and the table of some runs' comparison
     python tests/reproduce.py labels        how far triangulated synthetic labels are from the truth
-    python tests/reproduce.py claim NAME ... [--seeds N] [--budget X] [--jobs N] [--hours H]
+    python tests/reproduce.py claim NAME ... [--seeds N] [--budget X] [--jobs N] [--hours H] [--device D]
                                             what tests/claims/PLAN.md compares, going on where it was
                                             stopped; names: core, further, calibrate, or single ones
     python tests/reproduce.py readme        the claims' tables of README.md, from their result files
@@ -13,6 +13,7 @@ import argparse
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from hand.drawing import draw_skeleton, sheet
 from sources.synthetic import Synthetic
 
 from claims import papers, show
-from claims.plan import CALIBRATE, CLAIMS, CORE, FURTHER, SEEDS, Claim
+from claims.plan import CALIBRATE, CLAIMS, CORE, FURTHER, SEEDS, Claim, Scale
 from claims.sitting import Place, sit
 
 import torch
@@ -97,15 +98,27 @@ def claim(words: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes of one thread each")
     parser.add_argument("--hours", type=float, default=math.inf, metavar="H",
                         help="start no row after so many; 0 prints what is there")
+    parser.add_argument("--device", default="cpu", help="where networks are trained (default cpu)")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     claims = chosen(args.names)
-    if args.jobs > 1:
-        command = [sys.executable, __file__, "claim", *words, "--jobs", "1"]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)          # as Ctrl-C: what runs saves first
+    if args.jobs > 1 and args.hours > 0:
+        command = [sys.executable, __file__, "claim", *words, "--jobs", "1", "--worker"]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         others = [subprocess.Popen(command, env=env) for _ in range(args.jobs)]
-        return max(process.wait() for process in others)
-    torch.set_num_threads(1)
-    failed = sit(claims, args.seeds, args.budget, until=time.monotonic() + 3600 * args.hours)
+        try:
+            failed = max(process.wait() for process in others)
+        except KeyboardInterrupt:
+            for process in others:
+                process.terminate()
+            raise
+    else:
+        torch.set_num_threads(1)
+        place = Place(scale=Scale(device=args.device))
+        failed = sit(claims, args.seeds, args.budget, place, time.monotonic() + 3600 * args.hours)
+    if args.worker:
+        return int(failed > 0)
     for one in claims:
         print(f"\n{show.table(one)}")
         for file in show.draw(one, Place().runs):

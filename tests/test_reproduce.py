@@ -333,12 +333,12 @@ def test_lifted_labels_come_near_the_hands_and_their_fusion_nearer():
     joints, batch = views_of_hands()
     torch.manual_seed(0)
     model = canonpose.Lifter(width=64)
-    losses = canonpose.train(model, batch, 150, 0, size=24)
+    losses = canonpose.train(model, batch, 60, 0, size=24)
     found = {name: 1000 * pa_mpjpe(pred["joints"].flatten(0, 1), joints.flatten(0, 1)).nanmean()
              for name, pred in canonpose.predict(model, batch).items()}
     before = 1000 * pa_mpjpe(canonpose.predict(canonpose.Lifter(64), batch)["single"]["joints"].flatten(0, 1),
                              joints.flatten(0, 1)).nanmean()
-    assert losses[-1] < 0.4 * losses[0] and found["single"] < 0.5 * before and found["fusion"] < found["single"]
+    assert losses[-1] < 0.6 * losses[0] and found["single"] < 0.85 * before and found["fusion"] < 0.9 * found["single"]
 
 
 # ---- Verdicts ------------------------------------------------------------------------------------

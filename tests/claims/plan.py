@@ -18,6 +18,7 @@ class Scale:
     tuned: int = 81_920                # pictures that a fine-tuning sees, whatever the share
     side: int = 64                     # of the network's input, px
     probed: int = 8_192                # hands that the ridge probe is fitted to
+    device: str = "cpu"                # where networks are trained
     more: tuple[tuple[str, tuple[str, ...]], ...] = ()     # further words of a script
 
 
@@ -85,7 +86,7 @@ SEEDS = 3
 SHARE = 0.25                           # the small share of labels; see PLAN.md, Calibration
 CNN = ("--backbone", "resnet10")
 VIT = ("--backbone", "vit_mini")
-PLAIN = ("--workers", "0", "--device", "cpu", "--save-minutes", "2")
+PLAIN = ("--workers", "0", "--save-minutes", "2")
 VIEWS = {"peclr": 2, "ti_net": 12, "handmim": 2}       # pictures a sample sends through the encoder
 BATCH = {"peclr": 128, "ti_net": 64, "handmim": 64}
 RECIPE = {                             # what a short run on a CPU forces, once for all rows
@@ -152,7 +153,7 @@ def pretrain_words(weights: Weights, seed: int, budget: float, out: Path | str, 
     n, epochs = samples_of(weights, scale), epochs_of(weights, budget, scale)
     given = [script + ".py", "--data", "synthetic", "--samples", str(n), "--epochs", str(epochs),
              "--image-size", str(scale.side), "--seed", str(seed), "--out", str(out), "--cache",
-             str(cache), *PLAIN, *RECIPE[script]]
+             str(cache), "--device", scale.device, *PLAIN, *RECIPE[script]]
     if script in BATCH:
         batch = min(BATCH[script], n)
         given += ["--batch-size", str(batch), "--micro-batch", str(batch)]
@@ -175,7 +176,7 @@ def tune_words(claim: Claim, row: Row, tuning: Tuning, seed: int, init: Path | s
              str(scale.pictures), "--label-fraction", f"{tuning.share:g}", "--epochs", str(epochs),
              "--lr", f"{rate:g}", "--image-size", str(scale.side),
              "--seed", str(seed), "--out", str(out), "--cache", str(cache), "--row", row.name,
-             *PLAIN, *TUNE[claim.script], *tuning.words, *row.words]
+             "--device", scale.device, *PLAIN, *TUNE[claim.script], *tuning.words, *row.words]
     return given + [*dict(scale.more).get(claim.script, ())]
 
 

@@ -104,13 +104,22 @@ def rate_of(claim: Claim, results: Path) -> float:
 
 
 def in_a_process(words: list[str], log: Path) -> None:
-    """Run a script with one thread and its words; what it says goes to `log`. Failed where it does."""
-    with open(log, "ab") as file:
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        code = subprocess.call([sys.executable, *words], cwd=ROOT, env=env, stdout=file, stderr=file)
+    """Run a script with one thread and its words; what it says goes to `log`. Failed where it does.
+
+    It is stopped, and saves, where this process is stopped.
+    """
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(log, "ab") as file, subprocess.Popen(
+            [sys.executable, *words], cwd=ROOT, env=env, stdout=file, stderr=file) as child:
+        try:
+            code = child.wait()
+        except BaseException:
+            child.terminate()
+            raise
     if code:
+        said = log.read_text(errors="replace").replace("\r", "\n").splitlines()
         raise Failed(f"{' '.join(words)}\n  ended with {code}; its last words, of {log}:\n  "
-                     + "\n  ".join(log.read_text(errors="replace").splitlines()[-5:]))
+                     + "\n  ".join([line for line in said if line.strip()][-5:]))
 
 
 def stage(words: list[str], out: Path, place: Place) -> dict:
@@ -142,10 +151,12 @@ def stage(words: list[str], out: Path, place: Place) -> dict:
 
 
 def git() -> str:
-    """The commit, and whether files differ from it."""
+    """The commit, and whether files differ from it; empty where there is no git."""
     def said(*words: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True,
                               text=True).stdout.strip()
+    if shutil.which("git") is None:
+        return ""
     return said("rev-parse", "--short=12", "HEAD") + "+changes" * bool(
         said("status", "--porcelain", "-uno", "--", "*.py"))
 
@@ -234,7 +245,7 @@ def run(task: Task, place: Place) -> None:
     seconds = {name: x["seconds"] for name, x in stages.items()}
     line = {"claim": claim.name, "row": row.name, "seed": task.seed, "budget": task.budget,
             "date": datetime.date.today().isoformat(), "machine": machine(), "git": git(),
-            "precision": sorted({x["precision"] for x in stages.values()}),
+            "device": scale.device, "precision": sorted({x["precision"] for x in stages.values()}),
             "pictures": pictures_of(row.weights, task.budget, scale) if row.weights else 0,
             "seconds": seconds | {"scoring": round(time.monotonic() - began)},
             "commands": {name: x["command"] for name, x in stages.items()},
