@@ -194,7 +194,9 @@ def view_intrinsics(batch: dict) -> Tensor:
     """K of the stored pictures, (B, 3, 3) px; where unknown, the focal length is the diagonal."""
     side = batch["image"].shape[-1]
     f, c = math.sqrt(2) * side, (side - 1) / 2
-    guess = torch.tensor([[f, 0, c], [0, f, c], [0, 0, 1]], device=batch["K"].device)
+    guess = f * torch.eye(3, device=batch["K"].device)
+    guess[:2, 2] = c
+    guess[2, 2] = 1
     known = batch["K"].isfinite().flatten(1).all(1)
     return torch.where(known[:, None, None], batch["K"], guess)
 
@@ -547,14 +549,38 @@ class Mano(nn.Module):
 
 # ---- Augmentation --------------------------------------------------------------------------------
 # What changes how a picture looks and not where things are: batches on the device, float pictures
-# in 0..1, every sample by its own parameters, which the caller draws.
+# in 0..1, every sample by its own parameters, which the caller draws. And what networks are given.
 
 LUMA = (0.299, 0.587, 0.114)                                             # ITU-R 601, as torchvision
+IMAGE_MEAN = (0.485, 0.456, 0.406)                           # of ImageNet, as torchvision
+IMAGE_STD = (0.229, 0.224, 0.225)
+
+
+@functools.cache
+def _made(numbers: tuple, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(numbers, device=device, dtype=dtype)
+
+
+def constant(numbers: tuple, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Fixed numbers, nested as given: made once a device, for a GPU waits for each copy to it."""
+    return _made(numbers, device, dtype or torch.get_default_dtype())
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 or 0..255 float pictures (B, 3, H, W) -> zero mean, unit variance over ImageNet."""
+    mean, std = (constant(x, images.device)[:, None, None] for x in (IMAGE_MEAN, IMAGE_STD))
+    return (images.float() / 255 - mean) / std
+
+
+def denormalise(images: Tensor) -> Tensor:
+    """Back to 0..1, clipped, for drawings: (..., 3, H, W) -> the same."""
+    mean, std = (constant(x, images.device)[:, None, None] for x in (IMAGE_MEAN, IMAGE_STD))
+    return (images.float() * std + mean).clamp(0, 1)
 
 
 def _luma(images: Tensor) -> Tensor:
     """Brightness as the eye weighs it: (B, 3, H, W) -> (B, 1, H, W)."""
-    weights = torch.tensor(LUMA, device=images.device, dtype=images.dtype)
+    weights = constant(LUMA, images.device, images.dtype)
     return (images * weights[:, None, None]).sum(1, keepdim=True)
 
 
@@ -572,7 +598,7 @@ def rgb_to_hsv(images: Tensor) -> Tensor:
 def hsv_to_rgb(hsv: Tensor) -> Tensor:
     """The inverse of `rgb_to_hsv`, of any hue: it counts modulo a turn."""
     hue, saturation, value = (x[:, None] for x in hsv.unbind(1))
-    offset = torch.tensor([5.0, 3.0, 1.0], device=hsv.device, dtype=hsv.dtype)[:, None, None]
+    offset = constant((5, 3, 1), hsv.device, hsv.dtype)[:, None, None]
     k = (offset + 6 * hue) % 6
     return value * (1 - saturation * torch.minimum(k, 4 - k).clamp(0, 1))
 
@@ -617,24 +643,6 @@ def solarise(images: Tensor, on: Tensor) -> Tensor:
 
 # ---- Back-bones ----------------------------------------------------------------------------------
 # Parameter names are torchvision's (ResNet, EfficientNet) and timm's (ViT): weights go in and out.
-
-IMAGE_MEAN = (0.485, 0.456, 0.406)                           # of ImageNet, as torchvision
-IMAGE_STD = (0.229, 0.224, 0.225)
-
-
-def normalise(images: Tensor) -> Tensor:
-    """uint8 or 0..255 float pictures (B, 3, H, W) -> zero mean, unit variance over ImageNet."""
-    mean = torch.tensor(IMAGE_MEAN, device=images.device)[:, None, None]
-    std = torch.tensor(IMAGE_STD, device=images.device)[:, None, None]
-    return (images.float() / 255 - mean) / std
-
-
-def denormalise(images: Tensor) -> Tensor:
-    """Back to 0..1, clipped, for drawings: (..., 3, H, W) -> the same."""
-    mean = torch.tensor(IMAGE_MEAN, device=images.device)[:, None, None]
-    std = torch.tensor(IMAGE_STD, device=images.device)[:, None, None]
-    return (images.float() * std + mean).clamp(0, 1)
-
 
 class ResNet(torchvision.models.ResNet):
     """torchvision's ResNet without its classifier: (B, 3, H, W) -> maps at strides 4, 8, 16, 32."""

@@ -483,16 +483,23 @@ class Interaction(nn.Module):
         for k, block in enumerate(self.blocks):
             keep = None if draws.keep is None else draws.keep[k]
             G = block(G, draws.see[k], draws.shared[k], keep)
-        C = self.fuse(G[ok], None if draws.keep is None else draws.keep[BLOCKS][ok])
+        keep = None if draws.keep is None else only(draws.keep[BLOCKS], ok, len(H4))
+        C = self.fuse(only(G, ok, len(H4)), keep)
         with torch.autocast(G.device.type, enabled=False):
             return self.F_r(C.to(torch.promote_types(C.dtype, torch.float32)).flatten(1))
 
 
+def only(x: Tensor, ok: Tensor, N: int) -> Tensor:
+    """Of (B, V, ...) those of the N pictures that are there, ok (B, V) bool -> (N, ...)."""
+    first = ok.flatten().int().argsort(descending=True, stable=True)[:N]     # x[ok] would wait
+    return x.flatten(0, 1).index_select(0, first)
+
+
 def pad(x: Tensor, ok: Tensor, fill: float = 0.0) -> Tensor:
-    """Numbers of the N pictures that are there (N, ...) and where, (B, V) bool -> (B, V, ...)."""
-    out = x.new_full((*ok.shape, *x.shape[1:]), fill)
-    out[ok] = x
-    return out
+    """The inverse: (N, ...) -> (B, V, ...), `fill` where no picture is."""
+    x = torch.cat([x, x.new_full((1, *x.shape[1:]), fill)])
+    place = torch.where(ok.flatten(), ok.flatten().cumsum(0) - 1, len(x) - 1)
+    return x.index_select(0, place).unflatten(0, ok.shape)
 
 
 class HaMuCo(nn.Module):
@@ -521,7 +528,8 @@ class HaMuCo(nn.Module):
 
     def forward(self, pictures: Tensor, ok: Tensor, draws: Draws) -> tuple[Hand, Hand | None]:
         """(B, V, 3, S, S), (B, V) bool -> M and M* (None without the network), N pictures each."""
-        maps = self.backbone(pictures[ok].contiguous(memory_format=torch.channels_last))
+        seen = only(pictures, ok, int(ok.sum()))                 # the one number a GPU is asked for
+        maps = self.backbone(seen.contiguous(memory_format=torch.channels_last))
         with torch.autocast(pictures.device.type, enabled=False):
             parameters = self.heads(maps[-1])
             single = self.decode(parameters)
@@ -567,7 +575,7 @@ class HaMuCo(nn.Module):
         fused = fuse(align(pad(best.xyz, ok), R), ok)
         camera = pad(best.camera, ok)[:, :, None]
         uv = to_crop(camera) * fused[..., JOINTS, :2] + camera[..., 1:]
-        out["fusion"] = self._placed(fused[ok], uv[ok], ok, A)
+        out["fusion"] = self._placed(*(only(x, ok, len(M.xyz)) for x in (fused, uv)), ok, A)
         if single_pictures:
             return {name: {key: x[:, 0] for key, x in hand.items()} for name, hand in out.items()}
         return out
@@ -959,6 +967,7 @@ def train(cfg: Config, folder: Path, model: HaMuCo, data: Source, device: torch.
     """
     steps = steps_per_epoch(len(data), cfg.batch_size)
     epochs = cfg.epochs + cfg.mask_epochs
+    labels = None if labels is None else labels.to(device)
     optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay), fused=True)
     net = parallel(model, device, cfg.compile)
     run = Run(folder, METHOD, cfg, model, optimizer, total=epochs * steps)
@@ -973,7 +982,7 @@ def train(cfg: Config, folder: Path, model: HaMuCo, data: Source, device: torch.
                 for k, batch in enumerate(micro_batches, 1):
                     batch = as_views(batch)
                     if labels is not None:
-                        batch["uv_label"] = labels[batch["index"].cpu() % len(labels)].to(device)
+                        batch["uv_label"] = labels[batch["index"] % len(labels)]
                         batch["confidence"] = torch.ones_like(batch["confidence"])
                     with accumulate(net, last=k == len(micro_batches)):
                         terms = train_step(net, batch, cfg, epoch, run.step)

@@ -102,11 +102,11 @@ from typing import Any, NamedTuple
 
 # common before torch: it settles how threads wait
 from common import (
-    BACKBONES, N_JOINTS, N_VERTS, Flags, UserError, accumulate, arg, autocast, axis_angle_to_matrix,
-    barrier, blur, build_backbone, cpu_state, crop, decay_groups, denormalise, flip, guarded,
-    invert, jitter_colour, load_backbone, matrix_to_six_d, normal, normalise, parallel, rank,
-    rotate_z, rotation, save_checkpoint, say, settle, six_d_to_matrix, solarise, steps_per_epoch,
-    to_grey, transform, uniform, unwrapped, view_intrinsics, warp, world)
+    BACKBONES, N_JOINTS, N_VERTS, Flags, UserError, accumulate, arg, autocast,
+    axis_angle_to_matrix, barrier, blur, build_backbone, constant, cpu_state, crop, decay_groups,
+    denormalise, flip, guarded, invert, jitter_colour, load_backbone, matrix_to_six_d, normal,
+    normalise, parallel, rank, rotate_z, rotation, save_checkpoint, say, settle, six_d_to_matrix,
+    solarise, steps_per_epoch, to_grey, transform, uniform, unwrapped, view_intrinsics, warp, world)
 from hand.drawing import draw_skeleton, sheet
 from sources import Source, batches, hand_for, open_data, training_steps
 from sources.photos import cut_photos
@@ -322,8 +322,8 @@ def draw_views(index: Tensor, side: int, cfg: Config, epoch: int) -> View:
 def colour(images: Tensor, index: Tensor, number: int, cfg: Config, epoch: int) -> Tensor:
     """Sec. 3.1 with iBOT's numbers: jitter, grey, blur, solarise; (B, 3, S, S) in 0..1 twice."""
     u = uniform(index, 9, cfg.seed, "handmim colour", epoch, number)
-    reach = torch.tensor([0.4, 0.4, 0.2, 0.1], device=u.device)
-    still = torch.tensor([1.0, 1.0, 1.0, 0.0], device=u.device)
+    reach = constant((0.4, 0.4, 0.2, 0.1), u.device)
+    still = constant((1.0, 1.0, 1.0, 0.0), u.device)
     factors = still + reach * (2 * u[:, 1:5] - 1) * (u[:, :1] < 0.8)
     images = to_grey(jitter_colour(images, factors), u[:, 5] < 0.2)
     unit = cfg.image_size / 224                                         # sigma is 0.1 - 2 px at 224
@@ -338,25 +338,31 @@ def make_views(batch: dict, cfg: Config, epoch: int, grid: int) -> tuple[Tensor,
     view = draw_views(index, image.shape[-1], cfg, epoch)
     pictures = warp(image, view.A, cfg.image_size) / 255
     pictures = [colour(x, index, k, cfg, epoch) for k, x in enumerate(pictures.unbind(1))]
-    masks = [draw_mask(index, k, grid, cfg, epoch) for k in (0, 1)]
-    return normalise(255 * torch.stack(pictures, 1)), view, torch.stack(masks, 1)
+    # On the host: some hundred small operations, and one of them asks whether to go on.
+    masks = draw_masks(batch.get("index_host", index), grid, cfg, epoch)
+    masks = masks.to(image.device, non_blocking=True)
+    return normalise(255 * torch.stack(pictures, 1)), view, masks
 
 
 # ---- Masks (Sec. 2.1, 3.1) ----------------------------------------------------------------------
 
 
-def draw_mask(index: Tensor, number: int, grid: int, cfg: Config, epoch: int) -> Tensor:
-    """Which patches of a view are hidden, (B,) -> (B, grid^2) bool; True hides (2)."""
+def draw_masks(index: Tensor, grid: int, cfg: Config, epoch: int) -> Tensor:
+    """Which patches of both views are hidden, (B,) -> (B, 2, grid^2) bool; True hides (2)."""
+    def draw(n: int, purpose: str) -> Tensor:
+        views = [uniform(index, n, cfg.seed, purpose, epoch, number) for number in (0, 1)]
+        return torch.stack(views, 1).flatten(0, 1)                              # (2 B, n)
+
     low, high = MASK_RATIO
-    u = uniform(index, 2, cfg.seed, "handmim mask", epoch, number)
+    u = draw(2, "handmim mask")
     ratio = low + (high - low) * u[:, 0]
     if cfg.objective == "ibot" and "our-views" not in cfg.variant:   # iBOT's recipe: a coin first
         ratio = ratio * (u[:, 1] < 0.5)
     if "random-mask" in cfg.variant:
-        draws = uniform(index, grid ** 2, cfg.seed, "handmim patches", epoch, number)
-        return random_mask(draws, ratio)
-    draws = uniform(index, 4 * 96, cfg.seed, "handmim blocks", epoch, number)
-    return block_mask(draws.unflatten(1, (96, 4)), ratio, grid).flatten(1)
+        masks = random_mask(draw(grid ** 2, "handmim patches"), ratio)
+    else:
+        masks = block_mask(draw(4 * 96, "handmim blocks").unflatten(1, (96, 4)), ratio, grid)
+    return masks.reshape(len(index), 2, -1)
 
 
 def random_mask(u: Tensor, ratio: Tensor) -> Tensor:
@@ -370,33 +376,34 @@ def block_mask(draws: Tensor, ratio: Tensor, grid: int) -> Tensor:
 
     Each try has an area between (grid // 3)^2 and what is left, an aspect between 0.3 and 1 / 0.3,
     and counts if it is smaller than the grid and hides at least one new patch, at most what is
-    left. Ten failures in a row end it, and so do T tries.
+    left. Ten failures in a row end it, and so do T tries. Nothing changes between two tries that
+    count, so the ten that may follow one are judged at once.
     """
-    B = len(draws)
+    B, T = draws.shape[:2]
     at = torch.arange(grid, device=draws.device)
-    mask = torch.zeros(B, grid, grid, dtype=torch.bool, device=draws.device)
+    ten = torch.arange(10, device=draws.device)
+    every = torch.arange(B, device=draws.device)
+    free = draws.new_ones(B, grid, grid)                # 1 where a patch is not hidden
     budget = ratio * grid ** 2                          # patches still to hide, (B,)
-    failures = torch.zeros(B, device=draws.device)      # in a row, (B,)
+    over = torch.zeros(B, dtype=torch.long, device=draws.device)     # tries that are, (B,)
     least = float((grid // 3) ** 2)
-    for tried, draw in enumerate(draws.unbind(1), 1):
-        area = (least + draw[:, 0] * (budget - least)).clamp(min=0)
-        aspect = 0.3 ** (1 - 2 * draw[:, 1])
-        height = (area * aspect).sqrt().round()
-        width = (area / aspect).sqrt().round()
-        left = (draw[:, 2] * (grid - width + 1)).floor()
-        top = (draw[:, 3] * (grid - height + 1)).floor()
-        rows = (at >= top[:, None]) & (at < (top + height)[:, None])            # (B, grid)
-        columns = (at >= left[:, None]) & (at < (left + width)[:, None])
-        new = rows[:, :, None] & columns[:, None] & ~mask
-        count = new.sum((1, 2))
-        small = (height < grid) & (width < grid)
-        good = small & (count > 0) & (count <= budget) & (failures < 10)
-        mask = mask | new & good[:, None, None]
-        budget = budget - count * good
-        failures = torch.where(good, 0, failures + 1)
-        if tried % 8 == 0 and bool((failures >= 10).all()):     # not each time: a GPU must wait
-            break
-    return mask
+    while bool((over < T).any()):                       # a GPU would wait: see make_views
+        tries = over[:, None] + ten                                             # (B, 10)
+        u = draws[every[:, None], tries.clamp(max=T - 1)]                       # (B, 10, 4)
+        area = (least + u[..., 0] * (budget[:, None] - least)).clamp(min=0)
+        aspect = 0.3 ** (1 - 2 * u[..., 1])
+        size = torch.stack([area / aspect, area * aspect], -1).sqrt().round()   # width, height
+        start = (u[..., 2:] * (grid - size + 1)).floor()                        # left, top
+        inside = (at >= start[..., None]) & (at < (start + size)[..., None])    # (B, 10, 2, grid)
+        columns, rows = inside.to(free.dtype).unbind(2)
+        count = (rows @ free * columns).sum(-1)                                 # new patches
+        good = (size < grid).all(-1) & (count > 0) & (count <= budget[:, None]) & (tries < T)
+        found, first = good.int().max(1)
+        new = rows[every, first][:, :, None] * columns[every, first][:, None]   # (B, grid, grid)
+        free = free * (1 - new * found[:, None, None])
+        budget = budget - count[every, first] * found
+        over = torch.where(found > 0, over + first + 1, T)
+    return free == 0
 
 
 def draw_paths(index: Tensor, depth: int, cfg: Config, epoch: int) -> Tensor | None:
@@ -673,7 +680,8 @@ def draw_crop(index: Tensor, side: int, cfg: Config, epoch: int) -> tuple[Tensor
 def draw_colour(index: Tensor, cfg: Config, epoch: int) -> Tensor:
     """Sec. 3.2, colour jitter: (B,) -> factors (B, 4) for `jitter_colour`."""
     u = 2 * uniform(index, 4, cfg.seed, "handmim hand colour", epoch) - 1
-    return torch.tensor([1.0, 1, 1, 0], device=u.device) + u * u.new_tensor([0.2, 0.2, 0.2, 0.05])
+    still = constant((1.0, 1.0, 1.0, 0.0), u.device)
+    return still + u * constant((0.2, 0.2, 0.2, 0.05), u.device, u.dtype)
 
 
 def make_crops(batch: dict, cfg: Config, epoch: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -77,11 +77,11 @@ from typing import Any, NamedTuple
 
 # common before torch: it settles how threads wait
 from common import (
-    BACKBONES, N_JOINTS, Flags, UserError, ViT, accumulate, arg, autocast, batch_statistics,
-    barrier, blur, build_backbone, cpu_state, crop, decay_groups, denormalise, guarded, hsv_to_rgb,
-    invert, load_backbone, load_checkpoint, normal, normalise, parallel, permutation, project, rank,
-    rgb_to_hsv, rotation, save_checkpoint, say, settle, steps_per_epoch, to_grey, transform,
-    translation, uniform, view_intrinsics, warp, world)
+    BACKBONES, N_JOINTS, Flags, UserError, ViT, accumulate, arg, autocast, barrier,
+    batch_statistics, blur, build_backbone, constant, cpu_state, crop, decay_groups, denormalise,
+    guarded, hsv_to_rgb, invert, load_backbone, load_checkpoint, normal, normalise, parallel,
+    permutation, project, rank, rgb_to_hsv, rotation, save_checkpoint, say, settle,
+    steps_per_epoch, to_grey, transform, translation, uniform, view_intrinsics, warp, world)
 from hand.drawing import draw_skeleton, label, picture, sheet
 from sources import Source, batches, open_data, training_steps
 from sources.progress import Run
@@ -230,10 +230,11 @@ def jitter_hsv(images: Tensor, factors: Tensor, bgr: bool = False) -> Tensor:
 
 def sobel(images: Tensor) -> Tensor:
     """Length of each channel's 3 x 3 Sobel gradient, (B, 3, H, W), clipped to 1; edges repeat."""
-    kernel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=images.device)
+    kernel = constant(((-1, 0, 1), (-2, 0, 2), (-1, 0, 1)), images.device)
     kernel = torch.stack([kernel, kernel.T])[:, None].repeat(3, 1, 1, 1)
     gradient = F.conv2d(F.pad(images, (1,) * 4, mode="replicate"), kernel, groups=3)
-    return gradient.unflatten(1, (3, 2)).norm(dim=2).clamp(max=1)
+    across, down = gradient.unflatten(1, (3, 2)).unbind(2)
+    return torch.hypot(across, down).clamp(max=1)
 
 
 def cut_out(images: Tensor, u: Tensor) -> Tensor:
@@ -263,8 +264,8 @@ def change_appearance(images: Tensor, index: Tensor, cfg: Config, epoch: int, vi
         blurred = blur(images, 0.1 + 1.9 * draw(1, "blur")[:, 0], max(1, round(S / 20)))
         images = torch.where(half["blur"], blurred, images)
     if "colour-jitter" in on:                                    # always, as in the authors' code
-        low = torch.tensor([0.01, 0.01, 0.5, 5 / 255], device=images.device)
-        high = torch.tensor([1, 1, 1, 20 / 255], device=images.device)
+        low = constant((0.01, 0.01, 0.5, 5 / 255), images.device)
+        high = constant((1, 1, 1, 20 / 255), images.device)
         images = jitter_hsv(images, low + (high - low) * draw(4, "colour"), "bgr" in cfg.variant)
     if "noise" in on:
         noise = normal(index, 3 * S * S, cfg.seed, "peclr noise", epoch, view).view_as(images)

@@ -74,9 +74,9 @@ from typing import Any, NamedTuple
 # common before torch: it settles how threads wait
 from common import (
     BACKBONES, Flags, UserError, accumulate, arg, autocast, axis_angle_to_matrix, barrier,
-    batch_statistics, build_backbone, cpu_state, crop, decay_groups, denormalise, flip, guarded,
-    invert, load_backbone, normalise, parallel, rank, rotation, save_checkpoint, say, settle,
-    steps_per_epoch, transform, translation, uniform, unwrapped, warp)
+    batch_statistics, build_backbone, constant, cpu_state, crop, decay_groups, denormalise, flip,
+    guarded, invert, load_backbone, normalise, parallel, rank, rotation, save_checkpoint, say,
+    settle, steps_per_epoch, transform, translation, uniform, unwrapped, warp)
 from hand.drawing import draw_skeleton, sheet
 from sources import Source, batches, hand_for, open_data, training_steps
 from sources.progress import Run
@@ -267,8 +267,9 @@ def view_transforms(angles: Tensor, source: Tensor, plan: Plan, cfg: Config, squ
     """
     if "degrees" in cfg.variant:
         angles = angles * math.pi / 180
-    turns = angles.new_tensor([element.turns for element in plan.pictures])              # (P, 4)
-    flips = angles.new_tensor([element.flip for element in plan.pictures])               # (P,)
+    device, dtype = angles.device, angles.dtype
+    turns = constant(tuple(element.turns for element in plan.pictures), device, dtype)   # (P, 4)
+    flips = constant(tuple(element.flip for element in plan.pictures), device, dtype)    # (P,)
     turned = square + 1 if "half-pixel" in cfg.variant else square      # turns about half of it
     turn = rotation(angles @ turns.T, turned)
     cut = translation(angles.new_full((1, 2), -(square - cfg.image_size) / 2))
@@ -327,10 +328,11 @@ class Operators(nn.Module):
         self.K = nn.Sequential(*layers)
 
     def forward(self, name: str, v: Tensor, angle: Tensor | None) -> Tensor:
-        """Apply T_name to v (B, d), with the angle (B,) rad where it has one."""
+        """Apply T_name to v (..., d), with the angle (...) rad where it has one."""
         if name == "H":
             return self.T["H"](v)
-        return self.T[name](v, self.K(torch.stack([angle.cos(), angle.sin()], -1)))
+        e = self.K(torch.stack([angle.cos(), angle.sin()], -1))
+        return self.T[name](v, e.expand(*v.shape[:-1], -1))
 
 
 class Decoder(nn.Sequential):
@@ -379,7 +381,8 @@ class TINet(nn.Module):
         B, P = views.shape[:2]
         flat = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         maps = self.backbone(flat)[-1].unflatten(0, (B, P))                    # (B, P, d, h, w)
-        pictures = self.decode(maps[:, self.decoded]) if self.decoder else None
+        some = slice(self.decoded[0], self.decoded[-1] + 1)          # a list would copy all maps
+        pictures = self.decode(maps[:, some]) if self.decoder else None
         with torch.autocast(views.device.type, enabled=False):
             v = maps.to(torch.promote_types(maps.dtype, torch.float32)).mean((3, 4))
             return Moved(v, *self.move(v[:, 0], angles.to(v.dtype)), pictures)
@@ -393,16 +396,17 @@ class TINet(nn.Module):
 
     def move(self, v: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The operators' side of Eq. 2, as in `Moved`, for the source's v (B, d), angles (B, 4)."""
-        def apply(operation: Operation, latent: Tensor) -> Tensor:
-            angle = None if operation.angle is None else angles[:, operation.angle]
-            return self.operators(operation.name, latent, angle)
+        def apply(operation: Operation, latents: Tensor) -> Tensor:
+            angle = None if operation.angle is None else angles[:, operation.angle, None]
+            return self.operators(operation.name, latents, angle)               # (B, n, d)
 
-        firsts: dict[Operation, Tensor] = {}            # three of them in twelve constraints
-        for operation, *_ in self.plan.ordinary + self.plan.secondary:
-            if operation not in firsts:
-                firsts[operation] = apply(operation, v)
-        ordinary = torch.stack([firsts[one] for one, _ in self.plan.ordinary], 1)
-        secondary = torch.stack([apply(two, firsts[one]) for one, two, _ in self.plan.secondary], 1)
+        plan, source = self.plan, v[:, None]
+        ones = dict.fromkeys(one for one, *_ in plan.ordinary + plan.secondary)    # each once
+        firsts = {one: apply(one, source) for one in ones}
+        ordinary = torch.cat([firsts[one] for one, _ in plan.ordinary], 1)
+        three = torch.cat([firsts[one] for one in dict.fromkeys(x[0] for x in plan.secondary)], 1)
+        nine = [apply(two, three) for two in dict.fromkeys(x[1] for x in plan.secondary)]
+        secondary = torch.stack(nine, 2).flatten(1, 2)             # row by row, as the plan lists
         return ordinary, secondary, self.operators("R", v, torch.zeros_like(angles[:, 0]))
 
 

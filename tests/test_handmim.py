@@ -26,7 +26,7 @@ from common import (
     rotation, settle, six_d_to_matrix, transform, warp)
 from hand.builtin import builtin_hand
 from handmim import (Config, Decoder, HandMIM, HandNet, Head, PointMlp, View, block_mask, cosine,
-                     crop_intrinsics, draw_mask, draw_paths, draw_view, draw_views, finetune_step, in_latent_units, lr_at,
+                     crop_intrinsics, draw_masks, draw_paths, draw_view, draw_views, finetune_step, in_latent_units, lr_at,
                      make_views, move, patch_loss, pose_loss, pretrain_step, random_mask,
                      recon_loss, sample, taps_of, teacher_tau, undo, update_centre, walk)
 
@@ -193,8 +193,8 @@ def test_block_masks_are_as_clumped_as_ibot_s(golden):
     """Share of equal neighbours; the golden masks have nominal 0.1 to 0.5."""
     there = torch.tensor(golden("handmim")["F_block_0.3_0.2_seed0"])
     alike = lambda m: float((m[:, 1:] == m[:, :-1]).float().mean() + (m[..., 1:] == m[..., :-1]).float().mean())
-    mine = draw_mask(torch.arange(600), 0, 14, Config(), 0).view(-1, 14, 14)
-    single = draw_mask(torch.arange(600), 0, 14, Config(variant=("random-mask",)), 0).view(-1, 14, 14)
+    mine = draw_masks(torch.arange(600), 14, Config(), 0)[:, 0].view(-1, 14, 14)
+    single = draw_masks(torch.arange(600), 14, Config(variant=("random-mask",)), 0)[:, 0].view(-1, 14, 14)
     assert abs(alike(mine) - alike(there)) < 0.06 and alike(single) < alike(mine) - 0.2
 
 
@@ -204,9 +204,9 @@ def test_random_masks_hide_exactly_the_share_asked_for():
 
 
 def test_mask_ratios_fill_the_paper_s_range_and_ibot_leaves_half_unmasked():
-    share = draw_mask(torch.arange(2000), 0, 14, Config(variant=("random-mask",)), 0).float().mean(1)
+    share = draw_masks(torch.arange(2000), 14, Config(variant=("random-mask",)), 0)[:, 0].float().mean(1)
     assert 0.09 < share.min() < 0.11 and 0.48 < share.max() < 0.5 and abs(share.mean() - 0.298) < 0.01
-    none = draw_mask(torch.arange(2000), 0, 14, Config(objective="ibot"), 0).sum(1) == 0
+    none = draw_masks(torch.arange(2000), 14, Config(objective="ibot"), 0)[:, 0].sum(1) == 0
     assert abs(float(none.float().mean()) - 0.5) < 0.03
 
 

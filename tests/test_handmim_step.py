@@ -765,9 +765,9 @@ def test_the_probe_reads_the_teacher_s_class_token_of_the_prediction_s_crop(monk
 DRAWS = {
     "view": lambda index, cfg, epoch, v: handmim.draw_view(index, v, STORED, cfg, epoch).A,
     "ibot view": lambda index, cfg, epoch, v: handmim.draw_ibot_view(index, v, STORED, cfg, epoch).A,
-    "mask": lambda index, cfg, epoch, v: handmim.draw_mask(index, v, 14, cfg, epoch),
-    "random mask": lambda index, cfg, epoch, v: handmim.draw_mask(
-        index, v, 14, Config(**TINY | dict(seed=cfg.seed), variant=("random-mask",)), epoch),
+    "mask": lambda index, cfg, epoch, v: handmim.draw_masks(index, 14, cfg, epoch)[:, v],
+    "random mask": lambda index, cfg, epoch, v: handmim.draw_masks(
+        index, 14, Config(**TINY | dict(seed=cfg.seed), variant=("random-mask",)), epoch)[:, v],
     "colour": lambda index, cfg, epoch, v: handmim.colour(
         torch.linspace(0.1, 0.4, 48).view(1, 3, 4, 4).expand(len(index), 3, 4, 4), index, v, cfg, epoch),
     "depth": lambda index, cfg, epoch, v: handmim.draw_paths(index, 16, cfg, epoch)[:, v],

@@ -141,7 +141,7 @@ PIECES = [
     ("loss = L_J2D + 5 * L_d + L_root", "loss = L_J2D + L_d + L_root", "equation_5"),
     ("            (terms[\"loss\"] / len(micro_batches)).backward()\n        for", "            terms[\"loss\"].backward()\n        for", "only_their_micro_batch"),
     ("rate = lr_at(run.step, peak, warm, total)", "rate = peak", "rate_of_every_step"),
-    ("low = torch.tensor([0.01, 0.01, 0.5, 5 / 255]", "low = torch.tensor([0.01, 0.01, 0.01, 5 / 255]", "ranges_are"),
+    ("low = constant((0.01, 0.01, 0.5, 5 / 255)", "low = constant((0.01, 0.01, 0.01, 5 / 255)", "ranges_are"),
     ("VIEW_MARGIN = 2.9 ", "VIEW_MARGIN = 2.2 ", "black_wedge"),
     ("    elif cfg.freeze:\n        settle_statistics(model, data, device)\n", "", "random_encoder_frozen_by_the_command"),
     ("length = torch.where(batch[\"scale\"] == NOT_GIVEN, self.unit, batch[\"scale\"])", "length = batch[\"scale\"]", "true_hand"),

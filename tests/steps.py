@@ -1,0 +1,92 @@
+"""One training step of every script and stage on samples at hand, for tests and tests/bench.py."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+# common before torch: it settles how threads wait
+from common import settle
+from sources.synthetic import Synthetic
+import hamuco
+import handmim
+import peclr
+import ti_net
+
+import torch
+from torch import Tensor, nn
+
+
+class Stage(NamedTuple):
+    """What a step needs: options, the side and margin of stored squares, the network, its terms."""
+
+    cfg: Any
+    side: int                                           # px
+    margin: float
+    model: Callable[[], nn.Module]
+    terms: Callable[[nn.Module, dict], dict[str, Tensor]]
+
+
+def _ti_net(given: dict, stage: str) -> Stage:
+    cfg = settle(ti_net.Config, given, stage, ti_net.QUICK)
+    model = ti_net.TINet if stage == "pretrain" else ti_net.HandNet
+
+    def terms(net: nn.Module, batch: dict) -> dict[str, Tensor]:
+        if stage == "pretrain":
+            return ti_net.pretrain_step(net, batch, cfg, 0)
+        return ti_net.finetune_step(net, batch, cfg)
+
+    return Stage(cfg, ti_net.stored_side(cfg), ti_net.MARGIN, lambda: model(cfg), terms)
+
+
+def _handmim(given: dict, stage: str) -> Stage:
+    cfg = handmim.configure(given, stage)
+    if stage == "pretrain":
+        side = round(handmim.VIEW_STORE * cfg.image_size)
+        return Stage(cfg, side, handmim.VIEW_MARGIN, lambda: handmim.HandMIM(cfg),
+                     lambda net, batch: handmim.pretrain_step(net, batch, cfg, 0))
+    return Stage(cfg, handmim.stored_side(cfg), handmim.MARGIN, lambda: handmim.HandNet(cfg),
+                 lambda net, batch: handmim.finetune_step(net, batch, cfg, 0))
+
+
+def _peclr(given: dict, stage: str) -> Stage:
+    cfg = settle(peclr.Config, given, stage, peclr.QUICK)
+
+    def terms(net: nn.Module, batch: dict) -> dict[str, Tensor]:
+        if stage == "pretrain":                 # as `whole_step`, but for its backward pass
+            z = peclr.projections(net, batch, cfg, 0)
+            return {"loss": peclr.nt_xent(z, cfg.tau), **peclr.contrast_monitors(z)}
+        return peclr.finetune_step(net, batch, cfg, 0)
+
+    if stage == "pretrain":
+        side = round(peclr.VIEW_STORE * cfg.image_size)
+        return Stage(cfg, side, peclr.VIEW_MARGIN, lambda: peclr.PeCLR(cfg), terms)
+    return Stage(cfg, peclr.stored_side(cfg), peclr.MARGIN, lambda: peclr.HandNet(cfg), terms)
+
+
+def _hamuco(given: dict, stage: str) -> Stage:
+    cfg = hamuco.stage_config(given)
+    return Stage(cfg, hamuco.stored_side(cfg), hamuco.MARGIN, lambda: hamuco.HaMuCo(cfg),
+                 lambda net, batch: hamuco.train_step(net, batch, cfg, cfg.warm_epochs, 0))
+
+
+SCRIPTS = {"ti_net": (_ti_net, ("pretrain", "finetune")),
+           "handmim": (_handmim, ("pretrain", "finetune")),
+           "peclr": (_peclr, ("pretrain", "finetune")),
+           "hamuco": (_hamuco, ("train",))}
+STAGES = [(script, stage) for script, (_, stages) in SCRIPTS.items() for stage in stages]
+
+
+def stage_of(script: str, stage: str, quick: bool = True, **given: Any) -> Stage:
+    """A stage with its --quick or its paper's options, but for those that are given."""
+    given = {"quick": quick, "mano": "builtin", "precision": "fp32"} | given
+    if stage == "finetune":
+        given = {"finetune": "synthetic"} | given
+    return SCRIPTS[script][0](given, stage)
+
+
+def samples_of(stage: Stage, n: int) -> dict:
+    """The first n synthetic training samples as the stage stores them, moments where it has views."""
+    views = getattr(stage.cfg, "views", 1)
+    data = Synthetic(stage.side, n, calm=True, margin=stage.margin, views=views)
+    index = torch.arange(n)
+    return data.batch(index) | {"index": index}
