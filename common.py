@@ -1293,10 +1293,14 @@ def guarded(main: Callable[[], None]) -> int:
         said = f"error: {error}"
     except KeyboardInterrupt as stop:
         said, code = str(stop) or "stopped", 128 + (Stop.asked or signal.SIGINT)
-    except RuntimeError:                    # of data workers and other processes that were told too
-        if not Stop.asked:
+    except RuntimeError as error:           # of data workers and other processes that were told too
+        if Stop.asked:
+            said, code = "stopped", 128 + Stop.asked
+        elif "DataLoader worker" in str(error):
+            said = ("error: a process that reads pictures was killed, as the system does where "
+                    "memory runs out; go on with --resume and fewer --workers")
+        else:
             raise
-        said, code = "stopped", 128 + Stop.asked
     finally:
         for number, old in before.items():
             signal.signal(number, old)

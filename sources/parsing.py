@@ -124,10 +124,9 @@ def numbers(value: object, name: str, *dims: int, least: float = -LARGEST, most:
         out = np.array(flat, float).reshape(dims)
     except OverflowError:
         raise ValueError(f"{name} holds a number beyond all bounds") from None
-    in_range = (out >= least) & (out <= most)
-    if not (in_range | np.isnan(out) if unknown else in_range).all():
-        wrong = out[~in_range].ravel()[0]
-        raise ValueError(f"{name} must lie from {least:g} to {most:g}, not hold {wrong:g}")
+    wrong = out[~((out >= least) & (out <= most)) & ~(np.isnan(out) & unknown)]
+    if len(wrong):
+        raise ValueError(f"{name} must lie from {least:g} to {most:g}, not hold {wrong[0]:g}")
     return out
 
 

@@ -36,6 +36,7 @@ import pickle
 import random
 import re
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -46,6 +47,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 HERE = Path(__file__).parent
 for place in (HERE / "sources", HERE, HERE.parent):
@@ -53,6 +55,7 @@ for place in (HERE / "sources", HERE, HERE.parent):
 
 import eval as judge
 import numpy as np
+import peclr
 import sources.dexycb
 import sources.photos
 import ti_net
@@ -102,11 +105,12 @@ LEGAL = [None, 0, 1, -1, True, 0.5, 12345678]         # may stand in some field 
 def change_value(rng: random.Random, root: object) -> tuple[object, bool]:
     """A copy with one value changed, and whether that can be in no data set."""
     root = copy.deepcopy(root)
-    holder, key, item = None, None, root
+    holder, key, item, name = None, None, root, ""
     while isinstance(item, (dict, list)) and item and (holder is None or rng.random() < 0.8):
         holder = item
         key = rng.choice([*item] if isinstance(item, dict) else range(len(item)))
         item = item[key]
+        name = key if isinstance(key, str) else name
     if holder is None:
         return rng.choice(TYPES), True
     kind = rng.randrange(8)
@@ -128,11 +132,11 @@ def change_value(rng: random.Random, root: object) -> tuple[object, bool]:
             holder[rng.choice(["other", key + " ", "a"])] = holder.pop(key)
         else:
             del holder[key]
-            return root, number and len(holder) > 1
+            return root, number and len(holder) > 1 and name != "dist"     # of which there are several
         return root, False
     if isinstance(holder, list):
         holder.insert(key, copy.deepcopy(item))
-        return root, number and len(holder) > 2
+        return root, number and len(holder) > 2 and name != "dist"
     holder[key] = [item, item]
     return root, number
 
@@ -461,7 +465,7 @@ def write_flags(root: Path) -> None:
 
 
 def read_flags(root: Path) -> dict:
-    return {"told": None, "n": 1, "flags": recall({"resume": True, "out": str(root)})}
+    return {"told": None, "n": 1, "flags": recall(peclr.Config, {"resume": True, "out": str(root)})}
 
 
 def write_freihand(root: Path) -> None:
@@ -607,7 +611,7 @@ def one_try(reader: Reader, root: Path, files: list[Path], seed: str, baseline: 
                 answer = reader.read(root)
             except UserError as error:
                 kind, remark = "clear", str(error)
-                if "\n" in remark or not {file.name, file.stem, root.name, file.parent.name} & set(re.findall(r"[\w.]+", remark)):
+                if "\n" in remark or not {root.name, *(path.name for path in before)} & set(re.findall(r"[\w.]+", remark)):
                     kind, remark = "traceback", f"no sentence that names the file: {remark}"
             except BaseException:
                 kind, remark = "traceback", "".join(traceback.format_exc().splitlines(True)[-9:])
@@ -658,6 +662,8 @@ def fork_tries(name: str, reader: Reader, root: Path, seeds: list[str], baseline
                 os.dup2(quiet, 1)
                 os.dup2(quiet, 2)
                 os.chdir(root)
+                torch.set_num_threads(1)                  # a pool of threads does not survive a fork
+                sys.addaudithook(audit)
                 for seed in seeds[len(out):]:
                     signal.alarm(SECONDS)
                     line = json.dumps(one_try(reader, root, files, seed, baseline))
@@ -677,7 +683,6 @@ def fork_tries(name: str, reader: Reader, root: Path, seeds: list[str], baseline
 
 def fresh(reader: Reader, root: Path) -> None:
     """Write a tree anew, and beside it what no reader should look at."""
-    import shutil
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     reader.write(root)
@@ -688,7 +693,8 @@ def fuzz(name: str, tries: int, seed: int) -> tuple[Counter, float, list[tuple[s
     reader = READERS[name]
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), \
-            contextlib.redirect_stderr(io.StringIO()):
+            contextlib.redirect_stderr(io.StringIO()), \
+            mock.patch.object(sources.photos, "detect_hands", found_hand):        # not MediaPipe's
         outside = Path(folder).resolve() / "outside"
         trees.save(outside / "secret.png", trees.noise(9, 9))
         root = Path(folder).resolve() / "tree"
@@ -705,10 +711,6 @@ def fuzz(name: str, tries: int, seed: int) -> tuple[Counter, float, list[tuple[s
     return count, time.monotonic() - began, bad
 
 
-sources.photos.detect_hands = found_hand              # MediaPipe is not part of this
-sys.addaudithook(audit)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("readers", nargs="*", metavar="READER", choices=[[], *READERS], help=", ".join(READERS))
@@ -716,7 +718,6 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", action="store_true", help="print what was wrong")
     words = parser.parse_args()
-    torch.set_num_threads(1)
     names = words.readers or [*READERS]
     total: Counter = Counter()
     seconds = 0.0
