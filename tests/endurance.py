@@ -51,13 +51,13 @@ STAGES = {
     "peclr:finetune": f"{SECOND} --backbone resnet10",
     "handmim:pretrain": f"{FIRST} --backbone vit_mini --prototypes 32 --head-hidden 16 --decoder-width 8 --probe-every 0",
     "handmim:finetune": f"{SECOND} --backbone vit_mini",
-    "hamuco:train": f"{FIRST} --backbone resnet10 --views 2 --warm-epochs 1",
+    "hamuco:train": f"{FIRST} --backbone resnet10 --views 2 --warm-epochs 1 --samples 16 --epochs 2",
 }
 
 
 def begin(stage: str, folder: Path, resume: bool) -> int:
     """Start the stage's command in a folder, in a process of its own; its number."""
-    words = f"{STAGES[stage]} {SMALL}{' --resume' * resume}".split()
+    words = f"{SMALL} {STAGES[stage]}{' --resume' * resume}".split()
     child = os.fork()
     if child:
         return child

@@ -4,10 +4,8 @@ import json
 import math
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import common
+import eval as judge
 import hamuco
 import handmim
 import peclr
@@ -354,56 +353,40 @@ def test_micro_batches_must_be_shared_evenly(monkeypatch):
 # ---- Whole runs
 
 
-def weights(folder):
-    return torch.load(folder / "backbone.pt", weights_only=True)
+def test_a_kill_at_a_random_moment_changes_no_bit_of_any_script_s_run():
+    """One SIGKILL each, at moments drawn afresh in each test run; tests/endurance.py has the other stages, and more kills."""
+    stages = ("ti_net:pretrain", "peclr:finetune", "handmim:pretrain", "hamuco:train")
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "endurance.py"), *stages, "--kills", "1", "--seed",
+                           str(random.randrange(10 ** 6))], capture_output=True, text=True, timeout=600)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert [line.split(": 1 kills, 1 resumes")[0] for line in lines] == list(stages)
+    assert all("files equal" in line for line in lines)
 
 
-def test_killed_at_random_moments_and_resumed_a_run_ends_the_same(tmp_path):
-    """SIGKILL, three times, at moments drawn afresh in each test run; then bit-equal weights and log."""
-    env = os.environ | {"OMP_NUM_THREADS": "2"}
-    start = lambda name, *more: subprocess.Popen(
-        [sys.executable, str(ROOT / "ti_net.py"), *SMALL, "--save-minutes", "0.01", "--out", name, "--cache",
-         f"cache-{name}", *more],
-        cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    began = time.monotonic()
-    straight = start("straight")
-    assert straight.wait(300) == 0, straight.stdout.read()
-    length, killed = time.monotonic() - began, 0
-    for _ in range(3):
-        run = start("killed", *(["--resume"] if (tmp_path / "killed").exists() else []))
-        time.sleep(length * random.uniform(0.4, 0.9))
-        killed += run.poll() is None
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-    last = start("killed", "--resume")
-    assert last.wait(300) == 0, last.stdout.read()
-    assert killed, "every attempt ended before it was killed"
-    a, b = weights(tmp_path / "straight"), weights(tmp_path / "killed")
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    logs = [[json.loads(line) for line in (tmp_path / n / "pretrain-ti_net" / "log.jsonl").open()][1:]
-            for n in ("straight", "killed")]
-    assert logs[0] == logs[1]
-
-
-def test_pretrain_then_finetune_then_eval(command, tmp_path):
+def test_pretrain_then_finetune_then_eval(here, capsys):
     """The three commands of a user, each by its ordinary flags."""
-    command("ti_net.py", *SMALL, "--epochs", "1", "--out", "pre")
-    assert {p.name for p in (tmp_path / "pre").iterdir()} == {"backbone.pt", "flags.json", "pretrain-ti_net"}
+    ti_net.main([*SMALL, "--samples", "16", "--epochs", "1", "--out", "pre"])
+    assert {p.name for p in (here / "pre").iterdir()} == {"backbone.pt", "flags.json", "pretrain-ti_net"}
     assert {"views.png", "reconstructions.png", "log.jsonl", "last.pt", "config.json"} <= {
-        p.name for p in (tmp_path / "pre" / "pretrain-ti_net").iterdir()}
-    tune = ["--finetune", "synthetic:calm", "--init", "pre/backbone.pt", *BOTH, "--epochs", "1",
-            "--label-fraction", "0.5"]
-    done = command("ti_net.py", *tune, "--out", "tuned")
-    assert "24 labels used" in done.stdout and "scratch: not run" in done.stdout
-    results = json.loads((tmp_path / "tuned" / "metrics.json").read_text())["results"]
-    assert set(results[0]["rows"]) == {"mean_pose", "ti_net-on-synthetic-calm"} and results[0]["n"] == 2000
+        p.name for p in (here / "pre" / "pretrain-ti_net").iterdir()}
+    tune = ["--finetune", "synthetic:calm", "--init", "pre/backbone.pt", *BOTH, "--samples", "16",
+            "--epochs", "1", "--label-fraction", "0.5"]
+    capsys.readouterr()
+    ti_net.main([*tune, "--out", "tuned"])
+    said = capsys.readouterr().out
+    assert "8 labels used" in said and "scratch: not run" in said
+    results = json.loads((here / "tuned" / "metrics.json").read_text())["results"]
+    assert set(results[0]["rows"]) == {"mean_pose", "ti_net-on-synthetic-calm"} and results[0]["n"] == 24
     for name in ("finetune.pt", "predictions.png", "curve.png", "finetune-ti_net-on-synthetic-calm/views.png"):
-        assert (tmp_path / "tuned" / name).stat().st_size > 1000
-    command("ti_net.py", *tune, "--epochs", "0", "--out", "untrained")
-    assert (tmp_path / "untrained" / "finetune.pt").exists()
-    done = command("eval.py", "tuned", "--workers", "0", "--device", "cpu")
-    assert "mean_pose" in done.stdout and "2,000 samples scored" in done.stdout
-    again = json.loads((tmp_path / "tuned" / "eval-synthetic-calm" / "metrics.json").read_text())["results"]
+        assert (here / "tuned" / name).stat().st_size > 1000
+    ti_net.main([*tune, "--epochs", "0", "--out", "untrained"])
+    assert (here / "untrained" / "finetune.pt").exists()
+    capsys.readouterr()
+    judge.main(["tuned", "--workers", "0", "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert "mean_pose" in said and "24 samples scored" in said
+    again = json.loads((here / "tuned" / "eval-synthetic-calm" / "metrics.json").read_text())["results"]
     two, one = (each[0]["rows"]["ti_net-on-synthetic-calm"]["mpjpe_mm"] for each in (again, results))
     assert two == pytest.approx(one, abs=1e-6)
 
