@@ -7,9 +7,11 @@ import torch
 
 from common import Mano, score
 from hand.builtin import builtin_hand
+from sources.hands import Hands
 from sources.predictors import blind
 from sources.stages import mean_hand
 from sources.tables import STAGE, table, write_results
+from trees import open_tree, rig_tree
 
 
 class Labels:
@@ -70,6 +72,15 @@ def test_mean_hand_looks_at_the_whole_of_a_sorted_data_set():
                     "uv": torch.zeros(len(index), 21, 2), "side_px": torch.ones(len(index))}
 
     assert float(mean_hand(Sorted(), 2)["joints"][1, 0]) == pytest.approx(2.0)
+
+
+def test_mean_hand_reads_columns_not_rows(tmp_path, monkeypatch):
+    """A rig's moments are asked for 512 at a time, and so are the pictures in them: HanCo has eight a moment."""
+    rig_tree(tmp_path, frames=6)
+    data, asked, labels = open_tree(tmp_path), [], Hands._labels
+    monkeypatch.setattr(Hands, "_labels", lambda hands, rows, *more: asked.append(len(rows)) or labels(hands, rows, *more))
+    mean_hand(data)
+    assert asked == [int((data.rows >= 0).sum())] and asked[0] > 6
 
 
 def test_results_hold_one_entry_a_run_and_protocol(tmp_path):
