@@ -11,6 +11,7 @@ import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 from benches.stages import Stage, batch_of
 import handmim
@@ -108,9 +109,9 @@ class Bytes(NamedTuple):
     peak: int               # the most that live at once, all of these and what is in passing
 
 
-def bfloat16(script: Any, on: bool) -> None:
-    """Put the script's networks into bfloat16, as on a GPU, or leave them in float32."""
-    script.autocast = lambda *_, **__: torch.autocast("cpu", torch.bfloat16, enabled=on)
+def precision(stage: Stage, half: bool) -> contextlib.AbstractContextManager:
+    """The script's networks in bfloat16, as on a GPU, or in float32."""
+    return mock.patch.object(stage.script, "autocast", lambda *_, **__: torch.autocast("cpu", torch.bfloat16, enabled=half))
 
 
 def size_of(tensors: Any) -> int:
@@ -123,16 +124,17 @@ def fakes(stage: Stage, cfg: Any, count: int) -> Iterator[tuple[nn.Module, dict,
     """The stage's network, a micro-batch of `count` samples and what counts them, all fake."""
     real = batch_of(stage, cfg, count)
     stage.build(cfg)                                    # what is cached, the hand and such, is real
-    handmim.block_mask = lambda draws, ratio, grid: torch.zeros(len(draws), grid, grid, dtype=torch.bool)
-    nn.init.trunc_normal_ = lambda x, *_, **__: x       # it draws until a number says that it may stop
-    with FakeTensorMode(allow_non_fake_inputs=True), Counted(stage.seen) as counted:
+    # trunc_normal_ draws until a number says that it may stop; masks are thousands of small calls.
+    still = mock.patch.object(nn.init, "trunc_normal_", lambda x, *_, **__: x)
+    mask = mock.patch.object(handmim, "block_mask", lambda draws, ratio, grid: torch.zeros(
+        len(draws), grid, grid, dtype=torch.bool))
+    with still, mask, FakeTensorMode(allow_non_fake_inputs=True), Counted(stage.seen) as counted:
         yield stage.build(cfg), tree_map_only(Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype), real), counted
 
 
 def bytes_of(stage: Stage, cfg: Any, count: int, half: bool = False) -> Bytes:
     """A step of `count` samples in one micro-batch, when the optimiser has its state and the gradients are there."""
-    bfloat16(stage.script, half)
-    with fakes(stage, cfg, count) as (model, batch, counted):
+    with precision(stage, half), fakes(stage, cfg, count) as (model, batch, counted):
         optimizer = stage.optimizer(model, cfg)
         trained = [p for p in model.parameters() if p.requires_grad]
         for p in trained:
