@@ -29,7 +29,8 @@ from hand.drawing import draw_skeleton, sheet
 from sources.synthetic import Synthetic
 
 from claims import papers, show
-from claims.plan import CALIBRATE, CLAIMS, CORE, FURTHER, SEEDS, Claim, Scale
+from claims.plan import SEEDS, Claim, Scale
+from claims.rows import CALIBRATE, CLAIMS, CORE, FURTHER
 from claims.sitting import Place, sit
 
 import torch

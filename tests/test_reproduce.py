@@ -3,6 +3,8 @@ import dataclasses
 import json
 import math
 import shlex
+import signal
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,8 +17,9 @@ import peclr
 import ti_net
 from claims import canonpose, measure, papers, show, sitting, verdict
 from claims.plan import (
-    BATCH, CLAIMS, CORE, FURTHER, PECLR, ROOT, TI_NET, Claim, Comparison, Row, Scale, Tuning,
-    Weights, budgets_of, calibration, epochs_of, momentum, pictures_of, pretrain_words, tune_words)
+    BATCH, ROOT, Claim, Comparison, Row, Scale, Tuning, Weights, budgets_of, epochs_of, momentum,
+    pictures_of, pretrain_words, tune_words)
+from claims.rows import CLAIMS, CORE, FURTHER, PECLR, TI_NET, calibration
 from common import pa_mpjpe, parse, settle, share
 from sources import parse_data
 from sources.protocols import PROTOCOLS
@@ -161,6 +164,24 @@ def test_a_stopped_stage_goes_on_and_a_finished_one_is_not_run_again(tmp_path):
     assert about["seconds"] == 100 and about["precision"] == "bf16" and about["command"] == "python x.py"
     assert sitting.stage(["x.py"], tmp_path / "out", place) == about
     assert calls == [["x.py"], ["x.py"], ["x.py", "--resume"]]
+
+
+def test_a_script_that_fails_is_quoted_and_one_that_is_interrupted_is_stopped(tmp_path, monkeypatch):
+    with pytest.raises(sitting.Failed, match="(?s)ended with 3.*error: no such flag"):
+        sitting.in_a_process(["-c", "print('error: no such flag'); raise SystemExit(3)"], tmp_path / "log")
+    children = []
+
+    class Interrupted(subprocess.Popen):
+        def wait(self, timeout=None):
+            if self in children:
+                return super().wait(timeout)
+            children.append(self)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sitting.in_a_process(["-c", "import time; time.sleep(60)"], tmp_path / "log")
+    assert children[0].returncode == -signal.SIGTERM
 
 
 def test_a_lock_that_another_holds_is_not_taken(tmp_path):
@@ -423,7 +444,7 @@ def test_readme_agrees_with_the_result_files():
 def test_readmes_block_has_tables_of_what_was_run_and_names_the_rest(tmp_path):
     (tmp_path / "peclr.jsonl").write_text(json.dumps(result("random", 0, 91.6, 0)) + "\n")
     text = show.readme_block(tmp_path)
-    assert text.count("**") == 2 and "**PeCLR, frozen features" in text and "| HandMIM (Tab. 3 and 5); waits for" in text
+    assert text.startswith(show.CAPTION) and text.count("**") == 2 and "**PeCLR, frozen features" in text and "| HandMIM (Tab. 3 and 5); waits for" in text
     assert all(f"claim {claim.name}`" in text for claim in (*CORE, *FURTHER))
 
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from claims.plan import (
-    CNN, ROOT, SEEDS, VIT, Claim, Row, Scale, Weights, budgets_of, calibration, pictures_of,
-    pretrain_words, tune_words)
+    CNN, ROOT, SEEDS, VIT, Claim, Row, Scale, Weights, budgets_of, pictures_of, pretrain_words,
+    tune_words)
+from claims.rows import calibration
 
 RESULTS = Path(__file__).parent
 

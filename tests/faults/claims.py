@@ -9,6 +9,7 @@ FAULTS = [(file, old, new, TEST, words) for file, old, new, words in [
     (PLAN, "1 - 2 * math.log(100) / steps", "1 - math.log(100) / steps", "teachers_momentum"),
     (SIT, "execute(words + [\"--resume\"] * out.exists(), ", "execute(words, ", "stopped_stage"),
     (SIT, "seconds = before + time.monotonic() - began", "seconds = time.monotonic() - began", "stopped_stage"),
+    (SIT, "            child.terminate()\n", "", "interrupted_is_stopped"),
     (SIT, "found.sort(key=lambda one: one[:2])", "found.sort(key=lambda one: one[1])", "whole_seed"),
     (SIT, "if claim.tunings and scores[\"small_mpjpe_mm\"] > scores", "if False and scores[\"small_mpjpe_mm\"] > scores",
      "above_the_mean_pose"),

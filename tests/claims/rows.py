@@ -1,0 +1,225 @@
+"""PLAN.md as data: the claims, their rows and what is compared."""
+from __future__ import annotations
+
+from claims.plan import GRID, LIFTED, SHARE, Claim, Comparison, Row, Tuning, Weights
+
+# ---- Core claims ---------------------------------------------------------------------------------
+
+SMALL, ALL = Tuning("small", SHARE), Tuning("all", 1.0)
+OURS = ("--augment", "scale", "rotation", "translation", "colour-jitter")      # PeCLR's best
+
+
+def simclr(*augment: str) -> Weights:
+    """SimCLR with its own best transformations, or those named."""
+    return Weights("peclr", ("--objective", "simclr", *augment))
+
+
+def only(name: str) -> tuple[str, ...]:
+    """One transformation alone, as in PeCLR's Fig. 5."""
+    return ("--augment", name)
+
+
+def ti_net(*variant: str) -> Weights:
+    """TI-Net's pre-training with some variants."""
+    return Weights("ti_net", ("--variant", *variant) if variant else ())
+
+
+def handmim(*variant: str, objective: str = "handmim") -> Weights:
+    """HandMIM's, or with objective="ibot" iBOT's."""
+    return Weights("handmim", ("--objective", objective, *(("--variant", *variant) if variant else ())))
+
+
+def hamuco(*words: str, share: float = 1.0) -> Weights:
+    """HaMuCo's one training."""
+    return Weights("hamuco", words, share)
+
+
+PECLR_WEIGHTS = Weights("peclr")
+PROBE, SMALL_MM, ALL_MM = "probe_mpjpe_mm", "small_mpjpe_mm", "all_mpjpe_mm"
+
+PECLR = Claim(
+    "peclr", "PeCLR, frozen features (Tab. 1, Fig. 5 b)", "peclr",
+    (Row("random"), Row("simclr", simclr()), Row("simclr-peclr-views", simclr(*OURS)),
+     Row("peclr", PECLR_WEIGHTS),
+     Row("simclr-rotation", simclr(*only("rotation")), budgets=(1,)),
+     Row("peclr-rotation", Weights("peclr", only("rotation")), budgets=(1,)),
+     Row("simclr-translation", simclr(*only("translation")), budgets=(1,)),
+     Row("peclr-translation", Weights("peclr", only("translation")), budgets=(1,))),
+    (Comparison("PeCLR beats SimCLR, each at its best augmentations", ("peclr", PROBE),
+                ("simclr", PROBE), "3.4 % (Tab. 1, 3D EPE)", 1),
+     Comparison("the same in 2D", ("peclr", "probe_2d_px"), ("simclr", "probe_2d_px"),
+                "12.8 % (Tab. 1, 2D EPE)", 1),
+     Comparison("undoing the views helps, augmentations alike", ("peclr", PROBE),
+                ("simclr-peclr-views", PROBE), "not given", 1),
+     Comparison("undoing rotation helps", ("peclr-rotation", PROBE), ("simclr-rotation", PROBE),
+                "56 % (Fig. 5 b)", 2),
+     Comparison("undoing translation helps", ("peclr-translation", PROBE),
+                ("simclr-translation", PROBE), "34 % (Fig. 5 b)", 2),
+     Comparison("PeCLR beats random features", ("peclr", PROBE), ("random", PROBE),
+                "yes (Sec. 4.4)", 5)),
+    probe=True, budgets=(1, 4), minutes=1)
+
+PECLR_LABELS = Claim(
+    "peclr-labels", "PeCLR, tuned end to end (Tab. 2, Fig. 6)", "peclr",
+    (Row("scratch"), Row("simclr", simclr()), Row("peclr", PECLR_WEIGHTS)),
+    (Comparison("PeCLR beats scratch with few labels", ("peclr", SMALL_MM), ("scratch", SMALL_MM),
+                "yes (Fig. 6)", 2),
+     Comparison("and with all labels", ("peclr", ALL_MM), ("scratch", ALL_MM),
+                "10.8 to 14.5 % PA-EPE (Tab. 2)", 2),
+     Comparison("PeCLR beats SimCLR with few labels", ("peclr", SMALL_MM), ("simclr", SMALL_MM),
+                "not given", 2)),
+    tunings=(SMALL, ALL), budgets=(1, 4), minutes=9)
+
+TI_NET = Claim(
+    "ti_net", "TI-Net (Tab. 2, Fig. 5)", "ti_net",
+    (Row("scratch"), Row("reconstruction", ti_net("no-ordinary", "no-secondary", "no-identity")),
+     Row("simclr", simclr()), Row("peclr", PECLR_WEIGHTS), Row("ti_net", ti_net()),
+     Row("ti_net-modulated", ti_net("modulated"))),
+    (Comparison("TI-Net beats PeCLR", ("ti_net", SMALL_MM), ("peclr", SMALL_MM),
+                "8.7 % (Tab. 2; other pictures)", 2),
+     Comparison("TI-Net beats SimCLR", ("ti_net", SMALL_MM), ("simclr", SMALL_MM),
+                "17.4 % (Tab. 2, ImageNet)", 2),
+     Comparison("TI-Net learns faster than SimCLR", ("ti_net", "small_area_mm"),
+                ("simclr", "small_area_mm"), "yes (Fig. 5)", 2),
+     Comparison("TI-Net beats scratch", ("ti_net", SMALL_MM), ("scratch", SMALL_MM),
+                "not given", 2),
+     Comparison("the constraints help beside reconstruction", ("ti_net", SMALL_MM),
+                ("reconstruction", SMALL_MM), "not given", 2),
+     Comparison("the same, frozen", ("ti_net", PROBE), ("reconstruction", PROBE), "not given", 1),
+     Comparison("operators that can turn help", ("ti_net-modulated", SMALL_MM),
+                ("ti_net", SMALL_MM), "ours (ti_net.py, 15)", 2)),
+    probe=True, tunings=(SMALL,), budgets=(1.5,), minutes=6)
+
+RULE = "a rule under which HandMIM's answers, too, do not turn uniform (handmim.py, 17; PLAN.md)"
+CLASS, PATCH = "class_mpjpe_mm", "patch_mpjpe_mm"
+HANDMIM = Claim(
+    "handmim", "HandMIM (Tab. 3 and 5)", "handmim",
+    (Row("scratch"), Row("ibot", handmim(objective="ibot")), Row("handmim", handmim()),
+     Row("handmim-no-pose", handmim("no-pose")), Row("handmim-no-patch", handmim("no-patch")),
+     Row("handmim-no-recon", handmim("no-recon"))),
+    (Comparison("HandMIM beats iBOT, tuned with few labels", ("handmim", SMALL_MM),
+                ("ibot", SMALL_MM), "5.9 % PA-JPE (Tab. 3)", 2),
+     Comparison("frozen class token", ("handmim", CLASS), ("ibot", CLASS), "not given", 1),
+     Comparison("frozen patches", ("handmim", PATCH), ("ibot", PATCH), "not given", 1),
+     Comparison("HandMIM beats scratch", ("handmim", SMALL_MM), ("scratch", SMALL_MM),
+                "8.9 % PA-JPE (Tab. 3)", 2),
+     *(Comparison(f"L_{loss} helps", ("handmim", SMALL_MM), (f"handmim-no-{loss}", SMALL_MM),
+                  f"{gain} % PA-JPE (Tab. 5)", 2)
+       for loss, gain in (("pose", 4.4), ("patch", 4.1), ("recon", 2.5)))),
+    probe=True, tunings=(SMALL,), minutes=11, waits=RULE)
+
+SINGLE, FUSION, ALONE = "single_n_mpjpe_mm", "fusion_n_mpjpe_mm", "single_view_n_mpjpe_mm"
+HAMUCO = Claim(
+    "hamuco", "HaMuCo (Tab. 4 and 3, Fig. 3 b and 4)", "hamuco",
+    (Row("full", hamuco()), Row("single-view", hamuco("--variant", "single-view")),
+     Row("no-dcvi", hamuco("--variant", "no-dcvi")), Row("no-c", hamuco("--variant", "no-c")),
+     Row("no-d", hamuco("--variant", "no-d")),
+     Row("canonpose", Weights(LIFTED)),
+     Row("2-views", hamuco("--views", "2")), Row("8-views", hamuco("--views", "8"))),
+    (Comparison("the whole beats single views", ("full", SINGLE), ("single-view", ALONE),
+                "46.6 % PA (Tab. 2, ResNet-50)", 2),
+     Comparison("DCVI helps single views", ("full", SINGLE), ("no-dcvi", SINGLE),
+                "17.4 % (Tab. 4)", 2),
+     Comparison("L_c helps single views", ("full", SINGLE), ("no-c", SINGLE), "20.4 % (Tab. 4)", 2),
+     Comparison("L_c helps fusion", ("full", FUSION), ("no-c", FUSION), "24.9 % (Tab. 4)", 2),
+     Comparison("L_d helps single views", ("full", SINGLE), ("no-d", SINGLE), "34.5 % (Tab. 4)", 2),
+     Comparison("interaction beats single views", ("full", "interaction_n_mpjpe_mm"),
+                ("full", SINGLE), "25.9 % (Tab. 4)", 2),
+     Comparison("in 2D predictions beat the labels learnt from", ("full", "single_2d_px"),
+                ("full", "labels_2d_px"), "yes (Fig. 4)", 5),
+     Comparison("fusion beats RANSAC of the labels, PA", ("full", "fusion_pa_mpjpe_mm"),
+                ("full", "ransac_pa_mpjpe_mm"), "45.9 % (Tab. 3)", 2),
+     Comparison("fusion beats DLT of the labels, PA", ("full", "fusion_pa_mpjpe_mm"),
+                ("full", "dlt_pa_mpjpe_mm"), "59.8 % (Tab. 3)", 2),
+     Comparison("pictures beat lifted labels (CanonPose's idea)", ("full", SINGLE),
+                ("canonpose", SINGLE), "64.1 % (Tab. 1)", 2),
+     Comparison("the same fused, PA", ("full", "fusion_pa_mpjpe_mm"),
+                ("canonpose", "fusion_pa_mpjpe_mm"), "49.5 % (Tab. 3)", 2),
+     Comparison("4 views teach more than 2", ("full", SINGLE), ("2-views", SINGLE),
+                "yes (Fig. 3 b)", 2),
+     Comparison("8 views teach more than 4", ("8-views", SINGLE), ("full", SINGLE),
+                "yes (Fig. 3 b)", 2)),
+    minutes=1)
+
+CORE = (PECLR, TI_NET, HAMUCO, HANDMIM, PECLR_LABELS)
+
+# ---- Further claims, in the order in which time goes to them -------------------------------------
+
+FROZEN_BLOCKS = Claim(
+    "frozen-blocks", "HandMIM, first blocks frozen (Fig. 7)", "handmim",
+    tuple(Row(f"{name}-{n}", weights, ("--freeze-blocks", str(n)))
+          for n in (2, 4) for name, weights in (("scratch", None),
+                                                ("ibot", handmim(objective="ibot")),
+                                                ("handmim", handmim()))),
+    tuple(Comparison(f"HandMIM beats iBOT, {n} of 4 blocks frozen", (f"handmim-{n}", SMALL_MM),
+                     (f"ibot-{n}", SMALL_MM), "yes (Fig. 7)", 2) for n in (2, 4)),
+    tunings=(SMALL,), minutes=10, waits=RULE)
+UNLABELLED = Claim(
+    "unlabelled", "PeCLR, amount of unlabelled pictures (Fig. 6)", "peclr",
+    (Row("eighth", Weights("peclr", share=0.125)), Row("whole", PECLR_WEIGHTS)),
+    (Comparison("eight times the pictures help, frozen", ("whole", PROBE), ("eighth", PROBE),
+                "not given", 1),
+     Comparison("tuned with few labels", ("whole", SMALL_MM), ("eighth", SMALL_MM),
+                "yes (Fig. 6, FH against FH + YT3D)", 2)),
+    probe=True, tunings=(SMALL,), minutes=6)
+DOMAINS = Claim(
+    "domains", "HandMIM on another domain (Tab. 4)", "handmim",
+    (Row("scratch"), Row("ibot", handmim(objective="ibot")), Row("handmim", handmim())),
+    (Comparison("HandMIM beats scratch on a domain not tuned on", ("handmim", "small_on_B_mpjpe_mm"),
+                ("scratch", "small_on_B_mpjpe_mm"), "not given", 2),
+     Comparison("HandMIM beats iBOT there", ("handmim", "small_on_B_mpjpe_mm"),
+                ("ibot", "small_on_B_mpjpe_mm"), "27 % against PeCLR (Tab. 4)", 2)),
+    tunings=(SMALL,), tests=("synthetic", "synthetic:B"), minutes=11,
+    waits=RULE)
+CALIBRATION = Claim(
+    "calibration", "HaMuCo without known cameras (Tab. 1)", "hamuco",
+    (Row("known", hamuco()), Row("unknown", hamuco("--calibration", "none")),
+     Row("single-view", hamuco("--variant", "single-view"))),
+    (Comparison("known cameras beat unknown ones", ("known", SINGLE), ("unknown", SINGLE),
+                "27.0 % (Tab. 1)", 2),
+     Comparison("unknown cameras still beat single views", ("unknown", SINGLE),
+                ("single-view", ALONE), "yes (Tab. 1, 2)", 2)), minutes=1)
+ROUNDS = Claim(
+    "rounds", "HaMuCo, iterative training (Sec. 4.6)", "hamuco",
+    (Row("one", hamuco()), Row("three", hamuco("--rounds", "3"))),
+    (Comparison("three rounds beat one", ("three", FUSION), ("one", FUSION),
+                "1.4 % (Sec. 4.6)", 1),), minutes=46)
+DATA_SHARE = Claim(
+    "data-share", "HaMuCo, share of the moments (Fig. 3 a)", "hamuco",
+    (Row("quarter", hamuco(share=0.25)), Row("whole", hamuco())),
+    (Comparison("four times the moments help", ("whole", SINGLE), ("quarter", SINGLE),
+                "yes (Fig. 3 a)", 2),), minutes=1)
+SUPERVISION = Claim(
+    "supervision", "HaMuCo, what is learnt from (Tab. 1 and 3)", "hamuco",
+    (Row("noisy", hamuco()), Row("truth2d", hamuco("--supervision", "truth2d")),
+     Row("truth3d", hamuco("--supervision", "truth3d")),
+     Row("triangulated", hamuco("--supervision", "triangulated"))),
+    (Comparison("true 3D beats noisy 2D", ("truth3d", SINGLE), ("noisy", SINGLE),
+                "31.8 % fused, Opt-Center (Tab. 3)", 2),
+     Comparison("learning from 2D beats triangulated labels", ("noisy", SINGLE),
+                ("triangulated", SINGLE), "43.7 % (Tab. 1, EpipolarPose)", 2)), minutes=1)
+
+FURTHER = (FROZEN_BLOCKS, UNLABELLED, DOMAINS, CALIBRATION, ROUNDS, DATA_SHARE, SUPERVISION)
+
+# ---- Calibration: the fine-tuning's rate on `scratch` alone, on a seed that no claim uses --------
+
+CALIBRATE = tuple(
+    Claim(f"calibrate-{script}", f"the fine-tuning's rate of {script}, on scratch alone", script,
+          tuple(Row(f"scratch-{rate:g}-of-{SHARE:g}", rate=rate) for rate in GRID[script]), (),
+          tunings=(SMALL,), first_seed=100,
+          minutes={"peclr": 5, "ti_net": 5, "handmim": 11}[script])
+    for script in ("peclr", "ti_net", "handmim")) + (
+    Claim("calibrate-hamuco", "the rate of hamuco, on single views alone", "hamuco",
+          tuple(Row(f"single-view-{rate:g}", hamuco("--variant", "single-view"), rate=rate)
+                for rate in GRID["hamuco"]), (), first_seed=100, minutes=1),)
+
+
+
+def calibration(claim: Claim) -> Claim | None:
+    """The claim that chooses the rate of a claim's rows; None where they need none."""
+    if claim in CALIBRATE or not (claim.tunings or claim.script == "hamuco"):
+        return None
+    return next(one for one in CALIBRATE if one.script == claim.script)
+
+
+CLAIMS = {claim.name: claim for claim in (*CALIBRATE, *CORE, *FURTHER)}
