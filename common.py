@@ -1299,6 +1299,8 @@ def guarded(main: Callable[[], None]) -> int:
         elif "DataLoader worker" in str(error):
             said = ("error: a process that reads pictures was killed, as the system does where "
                     "memory runs out; go on with --resume and fewer --workers")
+        elif world() > 1 and "peer" in str(error):         # gloo's word for a broken connection
+            said = "error: another process of this job ended, and says why; go on with --resume"
         else:
             raise
     finally:

@@ -64,10 +64,11 @@ def _chosen(out: str, default: str, resume: bool) -> Path:
     numbered = [Path(default), *(Path(f"{default}-{k}") for k in range(2, 1000))]
     folders = [Path(out)] if out else numbered
     there = [folder for folder in folders if folder.exists()]
-    if resume:
+    if resume and not (restarted() and not there):
         if not there:
             raise UserError(f"--resume: {folders[0]} is not there; name the run's folder by --out")
-        if not (there[-1] / "flags.json").is_file() and not any(there[-1].rglob("last.pt")):
+        begun = (there[-1] / "flags.json").is_file() or any(there[-1].rglob("last.pt"))
+        if not begun and not restarted():
             raise UserError(f"--resume: {there[-1]} holds no run (neither flags.json nor a "
                             "last.pt); start one without --resume")
         return there[-1]
@@ -117,12 +118,18 @@ def sweep(files: Iterable[Path], age: float = 0) -> None:
                 path.unlink()
 
 
+def restarted() -> bool:
+    """Whether torchrun starts this command again (--max-restarts): it goes on where it can."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def recall(Config: type, given: dict[str, Any]) -> dict[str, Any]:
     """On --resume the flags that OUT/flags.json keeps, those given now winning; else `given`.
 
     A damaged or foreign file is a UserError, unless flags of the run are given: they count then,
     and last.pt says whether they are the run's.
     """
+    given = given | {"resume": True} if restarted() else given
     path = Path(given.get("out", "")) / "flags.json"
     if not given.get("resume") or not path.is_file():
         return given

@@ -102,4 +102,5 @@ FAULTS = [
     ("common.py", "        bar.close()\n", "        pass\n", "sources/test_progress.py", "line_of_its_own"),
     ("common.py", "    except (UserError, OSError) as error:\n        said", "    except UserError as error:\n        said", "sources/test_progress.py", "line_of_its_own"),
     ("common.py", "            signal.signal(number, old)\n", "            pass\n", "sources/test_progress.py", "line_of_its_own"),
+    ("common.py", 'elif world() > 1 and "peer" in str(error): ', "elif False: ", "sources/test_progress.py", "neighbour"),
 ]

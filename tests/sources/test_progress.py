@@ -319,3 +319,14 @@ def test_processes_agree_on_a_loss_that_one_of_them_lost(tmp_path):
 
     codes, said = both(tmp_path, course)
     assert codes == [2, 2] and all("not finite any more at step 3;" in text for text in said)
+
+
+def test_a_process_whose_neighbour_ended_says_so_in_a_sentence(tmp_path):
+    def course(rank):
+        if rank == 0:
+            raise UserError("no")
+        torch.distributed.barrier()
+
+    codes, said = both(tmp_path, course)
+    assert codes == [2, 2] and said[0].splitlines()[-1] == "error: no"
+    assert said[1].splitlines()[-1] == "error: another process of this job ended, and says why; go on with --resume"

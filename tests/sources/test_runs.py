@@ -118,6 +118,19 @@ def test_resume_in_a_folder_without_a_run_is_refused(tmp_path):
         pass
 
 
+def test_a_command_that_torchrun_starts_again_goes_on_where_it_can(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert recall(ti_net.Config, {"epochs": 3}) == {"epochs": 3}
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    given = recall(ti_net.Config, {"epochs": 3})
+    assert given == {"epochs": 3, "resume": True}
+    for _ in range(3):                                     # no folder, one without a run, and one with it
+        with open_out("", f"{tmp_path}/a", given["resume"]) as out:
+            assert out.name == "a"
+    remember(out, {"lr": 0.5})
+    assert recall(ti_net.Config, {"out": str(out)}) == {"out": str(out), "lr": 0.5, "resume": True}
+
+
 def test_what_a_killed_writer_left_goes_at_the_next_start(tmp_path):
     (tmp_path / "run" / "pretrain-x").mkdir(parents=True)
     (tmp_path / "cache").mkdir()
