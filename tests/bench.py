@@ -12,7 +12,7 @@
     peclr     two views a picture against Pillow's, one by one; the share of a step outside the network;
               memory of a step of 512 pictures, in one graph and cached
     rss       memory of a fresh process at steps 50 and 300
-    start     seconds of --help of the five commands against importing torch and torchvision alone
+    start     processor seconds of --help of the five commands against importing torch and torchvision alone
 
     profile [SCRIPT[:STAGE] ...]    where a step's time goes, at quick and paper sizes; --device cuda --precision bf16 --compile
     memory [SCRIPT[:STAGE] ...]     bytes of a step at the paper's sizes, counted, and the micro-batch that fits 8 to 80 GB

@@ -1,10 +1,10 @@
 """Fresh processes: how long --help takes, and whether memory grows from step to step."""
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 
@@ -30,15 +30,16 @@ print("RSS", seen[50], seen[300])
 
 
 def bench_start() -> None:
-    """Seconds of --help of the five commands, beside those of torch and torchvision alone, in turn."""
+    """Processor seconds of --help of the five commands, beside those of torch and torchvision alone, in turn."""
     calls = {"torch, torchvision": ["-c", "import torch, torchvision"],
              **{name: [f"{name}.py", "--help"] for name in COMMANDS}}
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(4):
+    for _ in range(3):
         for name, words in calls.items():
-            began = time.perf_counter()
+            began = resource.getrusage(resource.RUSAGE_CHILDREN)
             subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
-            times[name].append(time.perf_counter() - began)
+            ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+            times[name].append(ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime)
     bare = median(times["torch, torchvision"][1:])
     for name in COMMANDS:
         took = median(times[name][1:])
