@@ -18,6 +18,7 @@ from sources.files import locked
 from sources.index import Index
 
 import numpy as np
+import PIL
 
 VERSION = 1                                     # raise it when a square's pixels change
 HEAD = mmap.ALLOCATIONGRANULARITY
@@ -139,10 +140,12 @@ def keep_squares(index: Index, size: int, margin: float, folder: Path, share: fl
         return None
     settings = (VERSION, index.name, os.path.realpath(index.root), size, margin)
     words = re.sub(r"\W+", "-", index.name) + "-" + _digest([repr(settings).encode()])[:8]
-    path = folder / f"{words}-{_digest(_content(index))[:16]}.squares"
-    there = _room_of(path) if path.is_file() else 0
     home = next(place for place in (folder, *folder.resolve().parents) if place.is_dir())
-    free = shutil.disk_usage(home).free + there
+    disk = shutil.disk_usage(home)
+    free = disk.free
+    if need <= share * disk.total:                  # else its million files need not be looked at
+        path = folder / f"{words}-{_digest(_content(index))[:16]}.squares"
+        free += _room_of(path) if path.is_file() else 0
     if need > share * free:
         say(f"{index.name}: its squares would fill {need / 1e9:.1f} of the {free / 1e9:.1f} GB "
             f"free in --cache {folder}, more than the share --keep {share:g} allows, so its "
@@ -168,6 +171,7 @@ def _room_of(file: Path) -> int:
 def _content(index: Index) -> Iterable[bytes]:
     """What the pixels of an index's squares come from."""
     columns = index.columns
+    yield PIL.__version__.encode()                                  # decoders differ by a level
     for path in np.unique(columns["paths"]).tolist():
         try:
             stat = os.stat(os.path.join(os.fsencode(index.root), path))

@@ -239,6 +239,10 @@ def test_a_step_left_in_the_middle_leaves_no_process_behind():
     assert not multiprocessing.active_children()
     with pytest.raises(StopIteration):
         micro[1]
+    with pytest.raises(ArithmeticError):
+        for _, micro in training_steps(Numbers(50), ti_net.Config(batch_size=8, micro_batch=2, workers=2), 0, 2, CPU):
+            raise ArithmeticError(str(micro[1]["x"]))
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("side, rows, workers, shared, ahead", [

@@ -135,7 +135,7 @@ def test_two_processes_fill_one_file(tmp_path):
     assert len(list((tmp_path / "cache").glob("*.squares"))) == 1
 
 
-def test_a_changed_picture_is_another_file_and_the_old_one_is_named(tmp_path, capsys):
+def test_a_changed_picture_is_another_file_and_the_old_one_is_named(tmp_path, capsys, monkeypatch):
     old = opened(tmp_path)[1]
     for change in ("pixels", "box", "row"):
         before = {path.name for path in (tmp_path / "cache").glob("*.squares")}
@@ -153,6 +153,8 @@ def test_a_changed_picture_is_another_file_and_the_old_one_is_named(tmp_path, ca
         said = capsys.readouterr().out
         assert f"{old.path}: " in said and "delete it if no run needs it" in said and f"{new.path}: " not in said
     index = index_folder(tmp_path)
+    monkeypatch.setattr("PIL.__version__", "0.1")
+    assert opened(tmp_path)[1].path != new.path
     names = {keep_squares(index, *given, tmp_path / "cache", 0.25).path for given in ((32, 1.25), (33, 1.25), (32, 1.3))}
     assert len(names) == 3
 
@@ -169,7 +171,7 @@ def test_a_broken_picture_is_not_kept_as_a_black_one(tmp_path, capsys):
 def test_a_disk_without_room_is_said_and_reading_goes_on(tmp_path, monkeypatch, capsys):
     index = photos(tmp_path)
     need = 4 * square_record(32).itemsize
-    free = lambda n: monkeypatch.setattr(squares.shutil, "disk_usage", lambda home: types.SimpleNamespace(free=n))
+    free = lambda n: monkeypatch.setattr(squares.shutil, "disk_usage", lambda home: types.SimpleNamespace(free=n, total=n))
     free(4 * need - 1)
     assert keep_squares(index, 32, 1.25, tmp_path / "cache", 0.25) is None
     assert "decoded whenever they are read" in capsys.readouterr().out and not (tmp_path / "cache").exists()
