@@ -214,7 +214,6 @@ CALIBRATE = tuple(
                 for rate in GRID["hamuco"]), (), first_seed=100, minutes=1),)
 
 
-
 def calibration(claim: Claim) -> Claim | None:
     """The claim that chooses the rate of a claim's rows; None where they need none."""
     if claim in CALIBRATE or not (claim.tunings or claim.script == "hamuco"):
