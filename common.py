@@ -1224,8 +1224,6 @@ def settle(Config: type, given: dict[str, Any], stage: str,
     values |= quick.get(stage, {}) if given.get("quick") else {}
     cfg = Config(**(values | given))
     cfg.precision = precision_on(cfg.device, cfg.precision, getattr(cfg, "backbone", ""))
-    if "warmup_epochs" in notes and "warmup_epochs" not in given:      # one that is given wins
-        cfg.warmup_epochs = min(cfg.warmup_epochs, cfg.epochs / 10)
     for name, note in notes.items():
         value = getattr(cfg, name)
         least, above, most = note["least"], note["above"], note["most"]
@@ -1233,6 +1231,8 @@ def settle(Config: type, given: dict[str, Any], stage: str,
             bounds = f"above {above}" if above >= least else f"at least {least}"       # NaN is none
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {bounds} and at most "
                             f"{most:,}")
+    if "warmup_epochs" in notes and "warmup_epochs" not in given:      # one that is given wins
+        cfg.warmup_epochs = min(cfg.warmup_epochs, cfg.epochs / 10)
     stride = _VITS[cfg.backbone][0] if getattr(cfg, "backbone", "") in _VITS else 32
     if hasattr(cfg, "image_size") and (cfg.image_size < 1 or cfg.image_size % stride):
         what = "the ViT's patch" if stride < 32 else "its last map's stride"

@@ -121,12 +121,12 @@ def load_index(file: Path) -> Index | None:
     try:
         with np.load(file) as stored:
             columns = {name: stored[name] for name in stored.files}
+            about = str(columns.pop("about"))
+            digest = str(columns.pop("digest"))
+            return Index(columns=columns, **json.loads(about)) if (
+                digest == _digest(about, columns)) else None
     except Exception:                  # bytes that are no .npz can fail anywhere in NumPy's readers
         return None
-    about = str(columns.pop("about", ""))
-    if str(columns.pop("digest", "")) != _digest(about, columns):
-        return None
-    return Index(columns=columns, **json.loads(about))
 
 
 def _digest(about: str, columns: dict[str, np.ndarray]) -> str:
@@ -134,7 +134,7 @@ def _digest(about: str, columns: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha1(about.encode("utf-8", "surrogatepass"))
     for name, column in sorted(columns.items()):
         digest.update(f"{name} {column.dtype} {column.shape}".encode("utf-8", "surrogatepass"))
-        digest.update(np.ascontiguousarray(column).data.cast("B") if column.size else b"")
+        digest.update(np.ascontiguousarray(column).reshape(-1).view("u1"))
     return digest.hexdigest()
 
 

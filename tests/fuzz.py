@@ -62,7 +62,7 @@ import ti_net
 import torch
 import trees
 import yaml
-from common import UserError, load_checkpoint, save_checkpoint
+from common import UserError, load_checkpoint, save_checkpoint, settle
 from hand.builtin import builtin_hand
 from hand.official import MANO_SHAPES, load_mano, save_mano
 from PIL import Image
@@ -335,8 +335,11 @@ def change_file(rng: random.Random, file: Path) -> bool:
             file.symlink_to("/dev/zero")
         return False
     change = CHANGES.get(file.suffix, change_bytes) if rng.random() < 0.6 else change_bytes
-    data, wrong = change(rng, data)
-    file.write_bytes(data)
+    try:
+        changed, wrong = change(rng, data)
+    except (ValueError, TypeError):                   # this value does not become that type
+        changed, wrong = change_bytes(rng, data)
+    file.write_bytes(changed)
     return wrong
 
 
@@ -465,7 +468,9 @@ def write_flags(root: Path) -> None:
 
 
 def read_flags(root: Path) -> dict:
-    return {"told": None, "n": 1, "flags": recall(peclr.Config, {"resume": True, "out": str(root)})}
+    given = recall(peclr.Config, {"resume": True, "out": str(root)})
+    cfg = settle(peclr.Config, given, "pretrain", peclr.QUICK)
+    return {"told": None, "n": 1, "flags": dataclasses.asdict(cfg)}
 
 
 def write_freihand(root: Path) -> None:
@@ -611,7 +616,7 @@ def one_try(reader: Reader, root: Path, files: list[Path], seed: str, baseline: 
                 answer = reader.read(root)
             except UserError as error:
                 kind, remark = "clear", str(error)
-                if "\n" in remark or not {root.name, *(path.name for path in before)} & set(re.findall(r"[\w.]+", remark)):
+                if "\n" in remark or "--" not in remark and not {root.name, *(path.name for path in before)} & set(re.findall(r"[\w.]+", remark)):
                     kind, remark = "traceback", f"no sentence that names the file: {remark}"
             except BaseException:
                 kind, remark = "traceback", "".join(traceback.format_exc().splitlines(True)[-9:])
