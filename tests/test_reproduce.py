@@ -61,11 +61,14 @@ def test_the_scripts_accept_every_planned_command(claim):
             if row.weights:
                 cfg = accepted(pretrain_words(row.weights, 2, budget, "out", "cache", scale, 1e-3))
                 assert cfg.seed == 2
-                assert row.weights.script == "canonpose" or cfg.epochs == epochs_of(row.weights, budget, scale)
+                lifted = row.weights.script == "canonpose"
+                assert lifted or cfg.backbone == ("vit_mini" if row.weights.script == "handmim" else "resnet10")
+                assert lifted or cfg.epochs == epochs_of(row.weights, budget, scale)
                 assert cfg.data == ("synthetic",) and cfg.out == "out" and cfg.cache == "cache"
                 assert pictures_of(row.weights, budget, scale) == budget * 131_072
         for tuning in claim.tunings:
             cfg = accepted(tune_words(claim, row, tuning, 2, "file.pt", "out", "cache", scale, 1e-3))
+            assert cfg.backbone == ("vit_mini" if claim.script == "handmim" else "resnet10")
             assert cfg.init == "file.pt" and cfg.row == row.name and cfg.label_fraction == tuning.share
             assert abs(cfg.epochs * tuning.share * 16_384 - 81_920) < 820
 
@@ -195,10 +198,10 @@ def test_a_lock_that_another_holds_is_not_taken(tmp_path):
 
 # ---- One tiny claim, through the tool ------------------------------------------------------------
 
-TINY = Scale(unit=32, pictures=16, tuned=16, side=32, probed=16)
+TINY = Scale(unit=32, pictures=16, tuned=16, side=32, probed=16, cnn="vit_mini")
 TOY = Claim("toy", "a toy", "peclr",
             (Row("scratch"), Row("simclr", Weights("peclr", ("--objective", "simclr")))),
-            (Comparison("better", ("simclr", "probe_mpjpe_mm"), ("scratch", "probe_mpjpe_mm"), "no", 1),
+            (Comparison("better", ("simclr", "class_mpjpe_mm"), ("scratch", "class_mpjpe_mm"), "no", 1),
              Comparison("tuned", ("simclr", "small_mpjpe_mm"), ("scratch", "small_mpjpe_mm"), "no", 1)),
             probe=True, tunings=(Tuning("small", 0.5),))
 
@@ -229,13 +232,13 @@ def test_a_tiny_claim_runs_goes_on_and_ends_in_a_table(here, monkeypatch):
     found = sitting.lines(TOY, place.results)
     assert [line["row"] for line in found] == ["scratch", "simclr"] and len(calls) == 3
     for line in found:
-        assert {"small_mpjpe_mm", "small_pa_mpjpe_mm", "small_area_mm", "small_val_mm", "probe_mpjpe_mm",
-                "probe_2d_px", "probe_dimensions"} <= set(line["scores"])
-        assert 10 < line["scores"]["probe_mpjpe_mm"] < 300 and len(line["groups"]["small_mpjpe_mm"]) == 24
+        assert {"small_mpjpe_mm", "small_pa_mpjpe_mm", "small_area_mm", "small_val_mm", "class_mpjpe_mm",
+                "patch_2d_px", "patch_dimensions"} <= set(line["scores"])
+        assert 10 < line["scores"]["class_mpjpe_mm"] < 300 and len(line["groups"]["small_mpjpe_mm"]) == 24
         assert np.mean(line["groups"]["small_mpjpe_mm"]) == pytest.approx(line["scores"]["small_mpjpe_mm"], abs=0.01)
         assert set(line["commands"]) == {"small"} | ({"weights"} if line["row"] == "simclr" else set())
     assert [line["pictures"] for line in found] == [0, 32]
-    assert found[0]["scores"]["probe_mpjpe_mm"] != found[1]["scores"]["probe_mpjpe_mm"]
+    assert found[0]["scores"]["class_mpjpe_mm"] != found[1]["scores"]["class_mpjpe_mm"]
     assert not list((here / "runs").rglob("last.pt")) and not list((here / "runs").rglob("best.pt"))
     assert sitting.sit([TOY], seeds=1, place=place) == 0 and len(calls) == 3          # nothing left to do
     text = show.table(TOY, place.results)

@@ -14,7 +14,7 @@ import handmim
 import peclr
 import ti_net
 from claims import canonpose
-from claims.plan import Claim, Scale
+from claims.plan import Claim, Scale, backbone_of
 from sources import Source, batches, hand_for, open_data
 from sources.judging import Exam, Row, assess
 from sources.predictors import outputs
@@ -123,14 +123,14 @@ def dimensions(X: Tensor) -> float:
     return float(C.trace().square() / C.square().sum().clamp(min=1e-30))
 
 
-def probe(claim: Claim, backbone: str, init: str, seed: int, cache: str, scale: Scale) -> Scores:
+def probe(claim: Claim, init: str, seed: int, cache: str, scale: Scale) -> Scores:
     """Ridge probes of frozen weights: joints in mm, key points in px of the crop, dimensions."""
     head = HEADS[claim.script]
     cfg = head.Config(image_size=scale.side, samples=scale.pictures, seed=seed, cache=cache)
     sets = {split: open_data(cfg, ("synthetic",), split, head.stored_side(cfg), head.MARGIN, CPU)
             for split in ("train", "val", "test")}
     torch.manual_seed(seed)
-    net = build_backbone(backbone, scale.side)
+    net = build_backbone(backbone_of(claim.script, scale), scale.side)
     if init == "random":
         settle_norms(net, claim.script, sets["train"], scale.side)
     else:

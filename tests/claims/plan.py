@@ -19,7 +19,8 @@ class Scale:
     side: int = 64                     # of the network's input, px
     probed: int = 8_192                # hands that the ridge probe is fitted to
     device: str = "cpu"                # where networks are trained
-    more: tuple[tuple[str, tuple[str, ...]], ...] = ()     # further words of a script
+    cnn: str = "resnet10"
+    vit: str = "vit_mini"              # of HandMIM and iBOT
 
 
 @dataclass(frozen=True)
@@ -84,25 +85,26 @@ class Claim:
 
 SEEDS = 3
 SHARE = 0.25                           # the small share of labels; see PLAN.md, Calibration
-CNN = ("--backbone", "resnet10")
-VIT = ("--backbone", "vit_mini")
 PLAIN = ("--workers", "0", "--save-minutes", "2")
 VIEWS = {"peclr": 2, "ti_net": 12, "handmim": 2}       # pictures a sample sends through the encoder
 BATCH = {"peclr": 128, "ti_net": 64, "handmim": 64}
 RECIPE = {                             # what a short run on a CPU forces, once for all rows
-    "peclr": CNN,
-    "ti_net": (*CNN, "--decoder-width", "32", "--probe-every", "0"),
-    "handmim": (*VIT, "--lr", "8e-3", "--teacher-tau", "0.02", "--prototypes", "512",
+    "peclr": (),
+    "ti_net": ("--decoder-width", "32", "--probe-every", "0"),
+    "handmim": ("--lr", "8e-3", "--teacher-tau", "0.02", "--prototypes", "512",
                 "--head-hidden", "256", "--decoder-width", "16", "--probe-every", "0"),
-    "hamuco": (*CNN, "--alpha", "0.1", "--gamma", "10", "--augment", "0.1"),
+    "hamuco": ("--alpha", "0.1", "--gamma", "10", "--augment", "0.1"),
 }
-TUNE = {"peclr": (*CNN, "--batch-size", "64", "--micro-batch", "64"),
-        "ti_net": (*CNN, "--batch-size", "64", "--micro-batch", "64"),
-        "handmim": (*VIT, "--batch-size", "64", "--micro-batch", "64")}
+TUNE = ("--batch-size", "64", "--micro-batch", "64")
 GRID = {"peclr": (5e-4, 1.5e-3, 4.5e-3), "ti_net": (5e-4, 1.5e-3, 4.5e-3),
         "handmim": (1e-4, 3e-4, 1e-3), "hamuco": (3e-4, 1e-3, 3e-3)}
 LIFTED = "canonpose"                   # learns from 2D labels: no picture goes through it
 MINUTES = {"peclr": 6.5, "ti_net": 8, "handmim": 16, "hamuco": 23, LIFTED: 4}      # of a core, at budget 1
+
+
+def backbone_of(script: str, scale: Scale) -> str:
+    """The network of a script's rows."""
+    return scale.vit if script == "handmim" else scale.cnn
 
 
 def samples_of(weights: Weights, scale: Scale) -> int:
@@ -153,7 +155,8 @@ def pretrain_words(weights: Weights, seed: int, budget: float, out: Path | str, 
     n, epochs = samples_of(weights, scale), epochs_of(weights, budget, scale)
     given = [script + ".py", "--data", "synthetic", "--samples", str(n), "--epochs", str(epochs),
              "--image-size", str(scale.side), "--seed", str(seed), "--out", str(out), "--cache",
-             str(cache), "--device", scale.device, *PLAIN, *RECIPE[script]]
+             str(cache), "--device", scale.device, "--backbone",
+             backbone_of(script, scale), *PLAIN, *RECIPE[script]]
     if script in BATCH:
         batch = min(BATCH[script], n)
         given += ["--batch-size", str(batch), "--micro-batch", str(batch)]
@@ -165,19 +168,18 @@ def pretrain_words(weights: Weights, seed: int, budget: float, out: Path | str, 
         given += [] if "--views" in weights.words else ["--views", "4"]
         if "single-view" not in weights.words:
             given += ["--warm-epochs", str(epochs // 4)]
-    return given + [*weights.words, *dict(scale.more).get(script, ())]
+    return given + [*weights.words]
 
 
 def tune_words(claim: Claim, row: Row, tuning: Tuning, seed: int, init: Path | str,
                out: Path | str, cache: Path | str, scale: Scale, rate: float) -> list[str]:
     """The command that fine-tunes a row; `init` is its weights' file, or random, `rate` the claim's."""
     epochs = max(1, round(scale.tuned / (tuning.share * scale.pictures)))
-    given = [claim.script + ".py", "--init", str(init), "--finetune", "synthetic", "--samples",
+    return [claim.script + ".py", "--init", str(init), "--finetune", "synthetic", "--samples",
              str(scale.pictures), "--label-fraction", f"{tuning.share:g}", "--epochs", str(epochs),
              "--lr", f"{rate:g}", "--image-size", str(scale.side),
              "--seed", str(seed), "--out", str(out), "--cache", str(cache), "--row", row.name,
-             "--device", scale.device, *PLAIN, *TUNE[claim.script], *tuning.words, *row.words]
-    return given + [*dict(scale.more).get(claim.script, ())]
+             "--device", scale.device, "--backbone", backbone_of(claim.script, scale), *PLAIN, *TUNE, *tuning.words, *row.words]
 
 
 # ---- Costs ---------------------------------------------------------------------------------------

@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from claims.plan import (
-    CNN, ROOT, SEEDS, VIT, Claim, Row, Scale, Weights, budgets_of, pictures_of, pretrain_words,
-    tune_words)
+    ROOT, SEEDS, Claim, Row, Scale, Weights, budgets_of, pictures_of, pretrain_words, tune_words)
 from claims.rows import calibration
 
 RESULTS = Path(__file__).parent
@@ -237,9 +236,8 @@ def run(task: Task, place: Place) -> None:
     if claim.script == "hamuco":
         parts.append(measure.collaborated(made, split))
     if claim.probe:
-        backbone = (VIT if claim.script == "handmim" else CNN)[1]
-        parts.append(measure.probe(claim, backbone, str(made / "backbone.pt") if made else init,
-                                   task.seed, str(place.cache), scale))
+        weights = str(made / "backbone.pt") if made else init
+        parts.append(measure.probe(claim, weights, task.seed, str(place.cache), scale))
     wanted = {name for c in claim.compared for _, name in (c.better, c.than)}
     groups = {name: x for part in parts for name, x in part.groups.items()
               if name in wanted or "curve" in name}
