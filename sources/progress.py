@@ -17,12 +17,14 @@ from typing import Any
 # common before torch: it settles how threads wait
 from common import (
     Flags, Stop, Stopped, UserError, load_checkpoint, rank, save_checkpoint, say, whole_file, world)
+from hand.drawing import curve
 from sources.checkpoints import not_finite, take_up
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+DRAW_SECONDS = 60                                        # at least, between two losses.png
 NEVER = 2 ** 62                                          # the step at which a sound term was lost
 
 
@@ -41,8 +43,31 @@ def provenance() -> dict[str, Any]:
             "torch": torch.__version__, "threads": torch.get_num_threads(), "processes": world()}
 
 
+def in_words(record: dict[str, Any]) -> str:
+    """What the screen says of a record of the log: "val pa mpjpe 12.5 mm, L_inv 0.0312"."""
+    parts = []
+    for name, value in record.items():
+        if name.endswith("_mm"):
+            parts.append(f"{name.removesuffix('_mm').replace('_', ' ')} {value:.1f} mm")
+        else:
+            parts.append(f"{name} {value:.4g}")
+    return ", ".join(parts)
+
+
+def draw_losses(folder: Path) -> None:
+    """losses.png of a stage's log, from its tenth line on: every term by step."""
+    with open(folder / "log.jsonl", encoding="utf-8") as file:
+        lines = [record for record in map(json.loads, file) if "step" in record]
+    if len(lines) < 10:
+        return
+    steps = [line["step"] for line in lines]
+    names = [name for name in lines[-1] if name == "loss" or name.startswith("L_")]
+    curve(folder / "losses.png", {name: (steps, [line[name] for line in lines]) for name in names},
+          f"{folder.name}: the loss and its terms", "step", "a micro-batch's mean")
+
+
 class Log:
-    """log.jsonl: one JSON object a line, on the screen too; a resumed run cuts it back."""
+    """log.jsonl: one JSON object a line; a resumed run cuts it back. An epoch's is said as well."""
 
     def __init__(self, folder: Path, kept_bytes: int = 0):
         self.path = folder / "log.jsonl"
@@ -61,7 +86,9 @@ class Log:
                  for k, v in record.items()}
         with self._named(), open(self.path, "a") as file:
             file.write(json.dumps(clean) + "\n")
-        tqdm.write(json.dumps(clean))
+        epoch = clean.pop("epoch", None)
+        if epoch is not None and clean and "step" not in clean:
+            say(f"epoch {epoch}: {in_words(clean)}")
 
     def size(self) -> int:
         """Bytes written so far; a checkpoint keeps it so that a resumed log has no line twice."""
@@ -103,8 +130,10 @@ class Run:
         self.lost: Tensor | None = None         # (terms,) the step at which each was lost, or NEVER
         self.head = {"method": method, "cfg": dataclasses.asdict(cfg)}
         self.every = max(1, min(50, total // 20))               # steps between lines of the log
+        self.samples = self.head["cfg"]["batch_size"]          # of a step, in all processes
         self.save_seconds = 60 * cfg.save_minutes
         self.saved, self.saved_step = time.monotonic(), 0
+        self.drawn = self.saved
         device = next(model.parameters()).device
         last = folder / "last.pt"
         state = load_checkpoint(last) if last.is_file() else None
@@ -136,6 +165,7 @@ class Run:
         if self.step % self.every == 0 or self.step == 1:
             self.check()
             self.log(step=self.step, epoch=epoch, lr=lr, **terms)
+            self.tell(terms)
         elif not may_save:                               # what follows may write the best weights
             self.check()
         if self.step == self.first + 5:
@@ -143,6 +173,12 @@ class Run:
         due = time.monotonic() - self.saved > self.save_seconds
         if may_save and any(votes(Stop.asked, due)):
             self.save()
+
+    def tell(self, terms: dict[str, Tensor]) -> None:
+        """One line on the screen: the step, its terms by the paper's names, samples a second."""
+        numbers = {name: float(value) for name, value in terms.items()}
+        pace = (self.step - self.first) * self.samples / (time.monotonic() - self.began)
+        say(f"step {self.step:,} of {self.total:,}: {in_words(numbers)}; {pace:,.0f} samples/s")
 
     def _watch(self, terms: dict[str, Tensor]) -> None:
         """Note at which step each term was lost, on the device: `check` reads it now and then."""
@@ -194,6 +230,9 @@ class Run:
                 save_checkpoint(self.folder / "last.pt", self.head | {
                     "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                     "step": self.step, "memo": self.memo, "log_bytes": self.log.size()})
+                if self.step == self.total or time.monotonic() - self.drawn > DRAW_SECONDS:
+                    draw_losses(self.folder)
+                    self.drawn = time.monotonic()
             except UserError as error:
                 failure = error
         asked, failed = votes(Stop.asked, failure is not None)
