@@ -1415,7 +1415,13 @@ def start(device: str) -> torch.device:
             raise UserError(f"--device {device}: this machine has no usable CUDA device; try cpu")
         if "WORLD_SIZE" in os.environ and not torch.distributed.is_initialized():
             kind = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"      # hosts talk too
-            torch.distributed.init_process_group(kind, timeout=timedelta(hours=6))    # one renders
+            hours = timedelta(hours=6)                                                # one renders
+            store, number, count = next(torch.distributed.rendezvous("env://", timeout=hours))
+            # Else processes that torchrun starts again would call those that ended.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = torch.distributed.PrefixStore(f"attempt {attempt}", store)
+            torch.distributed.init_process_group(kind, store=store, rank=number, world_size=count,
+                                                 timeout=hours)
         if chosen.type == "cuda" and world() > 1:
             chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(chosen)
