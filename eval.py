@@ -410,7 +410,7 @@ def conclude(rows: dict[str, Row], asked: Asked, out: Path, all_rows: bool) -> N
         return
     texts += judged(rows, asked, out)
     say("\n" + "\n\n".join(texts))
-    (out / "table.md").write_text("\n\n".join(texts) + "\n")
+    (out / "table.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     write_csv(out / "table.csv", rows)
     pictures_of(rows, out, all_rows)
     say(f"\nwrote {', '.join(sorted(str(file) for file in out.glob('*.*')))}")
@@ -597,17 +597,17 @@ def run_points(path: str, field: str, metric: str) -> list[Point]:
                for file in sorted(folder.glob(f"{stage}-*/config.json"))}
     found: list[Point] = []
     try:
-        results = json.loads((folder / "metrics.json").read_text())["results"]
+        results = json.loads((folder / "metrics.json").read_bytes())["results"]
         rows = next((r["rows"] for r in results if r["protocol"] == "ours"), results[0]["rows"])
         for row, file in configs.items():
-            cfg = json.loads(file.read_text())["cfg"]
+            cfg = json.loads(file.read_bytes())["cfg"]
             outputs = (row, "single", "interaction", "fusion")
             same = recipe(cfg, (field, "label_fraction") if field == "labels" else (field,))
             if field == "views":
                 found += [Point(name, same | tested, x, y) for name, tested, x, y
                           in tested_views(folder, metric) if name in outputs]
             elif field == "epoch":
-                log = (file.parent / "log.jsonl").read_text()
+                log = (file.parent / "log.jsonl").read_text(encoding="utf-8")
                 lines = [json.loads(line) for line in log.splitlines()]
                 found += [Point(row, same, line["epoch"], line[f"val_{metric}"]) for line in lines
                           if f"val_{metric}" in line and "epoch" in line]
@@ -632,7 +632,7 @@ def tested_views(folder: Path, metric: str) -> list[tuple[str, dict[str, Any], i
     """
     found = []
     for file in sorted(folder.glob("eval-*/metrics.json")):
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_bytes())
         for one in content["results"]:
             if one["protocol"] == "ours" and "views" in one:
                 first = one["views"] == list(range(len(one["views"])))
@@ -688,8 +688,8 @@ def draw_curve(args: argparse.Namespace) -> None:
                       for x in values)] for name, line in lines.items()]
     text = markdown([f"{args.metric} over {args.curve}", *map(str, values)], cells)
     say(text if len(values) <= 20 else f"{len(values)} values of {args.curve}")
-    (out / "curve.md").write_text(text + "\n")
-    with open(out / "curve.csv", "w", newline="") as file:
+    (out / "curve.md").write_text(text + "\n", encoding="utf-8")
+    with open(out / "curve.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["row", args.curve, args.metric], *(
             [name, x, y] for name, line in lines.items() for x in line for y in line[x])])
     say(f"wrote {out}/curve.png, curve.md, curve.csv")
@@ -810,10 +810,11 @@ def own_pictures(args: argparse.Namespace, flags: Flags, device: torch.device) -
                           for k, hand in enumerate(found)):
         upright = hand["verts"] * torch.tensor([1.0, -1, -1])             # as viewers expect: y up
         mesh = obj_text(upright, faces, hand["side"])
-        (out / f"{flat_name(path)}-{k}.obj").write_text(mesh)
+        (out / f"{flat_name(path)}-{k}.obj").write_text(mesh, encoding="utf-8")
     public = [{key: x for key, x in hand.items() if key != "verts"}
               for found in hands.values() for hand in found]
-    (out / "hands.json").write_text(json.dumps(public, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(public, indent=1, allow_nan=False) + "\n"
+    (out / "hands.json").write_text(text, encoding="utf-8")
     scale = "the scale is metric where K was given"
     if not known.any():
         scale = "no K was given: focal length is the diagonal, 3D is up to scale"
@@ -882,11 +883,12 @@ def own_cameras(args: argparse.Namespace, flags: Flags, device: torch.device) ->
             file = out / flat_name(frame)
             pictures = data.paths(int(batch["index"][i]))
             hand = of_moment(batch, found, pictures, i)
-            file.with_suffix(".json").write_text(json.dumps(hand, allow_nan=False) + "\n")
+            text = json.dumps(hand, allow_nan=False) + "\n"
+            file.with_suffix(".json").write_text(text, encoding="utf-8")
             draw_moment(file.with_suffix(".png"), batch, found, pictures, faces, i)
             if found.verts is not None:
                 file.with_suffix(".obj").write_text(
-                    obj_text(found.verts[i], faces, batch["side"][i]))
+                    obj_text(found.verts[i], faces, batch["side"][i]), encoding="utf-8")
     if not errors:
         raise UserError(f"{args.data}: no frame has the hand in two calibrated cameras")
     bones = torch.stack(lengths)
@@ -895,7 +897,7 @@ def own_cameras(args: argparse.Namespace, flags: Flags, device: torch.device) ->
     numbers = {"run": str(net.path), "frames": len(errors), "left_out": lost,
                "unit": "m" if metric else "cameras.json's own",
                "reprojection_px": float(np.median(errors)), "bone_spread_percent": spread}
-    (out / "rig.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    (out / "rig.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     lengths_in = "metres" if metric else ("cameras.json's own unit, in which no hand of known size "
                                           "can be placed, so there is no mesh (give unit_m)")
     say(f"{len(errors):,} frames, {len(lost):,} left out (the hand in fewer than two cameras); the "

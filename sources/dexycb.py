@@ -194,7 +194,7 @@ def submit_dexycb(out: Path, index: Index, kept: dict[str, Tensor]) -> Path:
     frames = index.columns["image_id"].tolist()
     lines = (1000 * kept["joints"]).flatten(1).tolist()
     file.write_text("".join(f"{frame}," + ",".join(f"{x:.4f}" for x in line) + "\n"
-                            for frame, line in zip(frames, lines)))
+                            for frame, line in zip(frames, lines)), encoding="utf-8")
     say(f"wrote {file}: {len(lines):,} lines for the tool kit, mm")
     return file
 

@@ -84,7 +84,7 @@ class Log:
             return
         clean = {k: float(f"{float(v):.6g}") if isinstance(v, (float, Tensor)) else v
                  for k, v in record.items()}
-        with self._named(), open(self.path, "a") as file:
+        with self._named(), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
         epoch = clean.pop("epoch", None)
         if epoch is not None and clean and "step" not in clean:

@@ -35,7 +35,7 @@ def pretraining(init: str) -> dict[str, Any] | None:
         own = [name for name in made if not (file.parent / f"backbone-{name}.pt").is_file()]
     if len(own) != 1 or not (made[own[0]] / "config.json").is_file():
         return None
-    return json.loads((made[own[0]] / "config.json").read_text())["cfg"] | {"name": own[0]}
+    return json.loads((made[own[0]] / "config.json").read_bytes())["cfg"] | {"name": own[0]}
 
 
 def row_name(init: str, given: str = "") -> str:

@@ -168,7 +168,7 @@ def write_results(path: Path, data: str, result: dict[str, Any]) -> None:
     content: dict[str, Any] = {"data": data, "results": []}
     if path.exists():
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_bytes())
             known = [(old["run"], old["protocol"]) for old in content["results"]]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: is not a metrics.json ({type(error).__name__}); move it away"
@@ -182,7 +182,7 @@ def write_results(path: Path, data: str, result: dict[str, Any]) -> None:
 
 def write_csv(path: Path, rows: dict[str, Row]) -> None:
     """table.csv: a line a protocol, row and metric."""
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file)
         lines.writerow(["protocol", "row", "run", "seed", "metric", "value", "low_95", "high_95",
                         "n"])

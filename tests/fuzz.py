@@ -616,7 +616,7 @@ def one_try(reader: Reader, root: Path, files: list[Path], seed: str, baseline: 
                 answer = reader.read(root)
             except UserError as error:
                 kind, remark = "clear", str(error)
-                if "\n" in remark or "--" not in remark and not {root.name, *(path.name for path in before)} & set(re.findall(r"[\w.]+", remark)):
+                if "\n" in remark or ("--" not in remark and not {root.name, *(path.name for path in before)} & set(re.findall(r"[\w.]+", remark))):
                     kind, remark = "traceback", f"no sentence that names the file: {remark}"
             except BaseException:
                 kind, remark = "traceback", "".join(traceback.format_exc().splitlines(True)[-9:])

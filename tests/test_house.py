@@ -80,3 +80,32 @@ def test_no_file_names_a_folder_of_one_machine():
     found = [f"{path.relative_to(ROOT)}: {MACHINE.search(path.read_text()).group()}" for path in own
              if path != Path(__file__) and MACHINE.search(path.read_text())]
     assert found == []
+
+
+ONE_SYSTEM = {"fcntl", "grp", "msvcrt", "pwd", "resource", "termios", "tty", "winreg"}
+
+
+def of_one_system(text: str) -> list[str]:
+    """What a file asks of the system that not every one gives: text files in UTF-8, and modules that it loads unasked."""
+    tree = ast.parse(text)
+    found = [f"{node.lineno}: {name.name}" for node in tree.body if isinstance(node, ast.Import) for name in node.names
+             if name.name in ONE_SYSTEM]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and not any(word.arg in ("encoding", None) for word in node.keywords):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            plain = name == "open" and isinstance(node.func, ast.Name)
+            mode = node.args[1] if plain and len(node.args) > 1 else ast.Constant("r")
+            if (plain and "b" not in ast.literal_eval(mode)) or len(node.args) == {"read_text": 0, "write_text": 1}.get(name):
+                found.append(f"{node.lineno}: {name}")
+    return found
+
+
+@pytest.mark.parametrize("file", PRODUCT)
+def test_a_file_asks_for_nothing_that_one_system_has(file):
+    assert not of_one_system((ROOT / file).read_text(encoding="utf-8"))
+
+
+def test_what_one_system_has_would_be_seen():
+    assert of_one_system("import fcntl") == ["1: fcntl"] and not of_one_system("try:\n    import fcntl\nexcept ImportError:\n    pass")
+    assert len(of_one_system("open(a)\nopen(a, 'w')\na.read_text()\na.write_text(b)")) == 4
+    assert not of_one_system("open(a, 'rb')\nopen(a, encoding='utf-8')\na.read_text('utf-8')\na.write_text(b, encoding='utf-8')")
