@@ -2,7 +2,6 @@
 import dataclasses
 import json
 import math
-import os
 import random
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import peclr
 import sources.progress
 import ti_net
 from common import UserError, load_checkpoint, parse, save_checkpoint, settle, share
+from group import on_processes
 from sources.progress import Log, Run
 
 ROOT = Path(__file__).parent.parent
@@ -422,48 +422,30 @@ def test_pretrain_then_finetune_then_eval(here, capsys):
     assert two == pytest.approx(one, abs=1e-6)
 
 
-STATISTICS = '''
-import sys
-import torch
-sys.path.insert(0, sys.argv[1])
-from common import batch_statistics, rank, share, start, world
-device, out = start("cpu"), sys.argv[2]
-gathers = []
-if world() > 1:
+def statistics_of(cached):
+    """Running statistics and more of a small network after three steps of six micro-batches, `cached` run twice each."""
+    common.start("cpu")
+    gathers = []
     plain = torch.distributed.all_reduce
     torch.distributed.all_reduce = lambda x, *more: (gathers.append(x.numel()), plain(x, *more))
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(),
-                            torch.nn.Linear(64, 5), torch.nn.BatchNorm1d(5, momentum=0.3), torch.nn.BatchNorm1d(5))
-model.register_buffer("constant", torch.tensor([float(rank())]))          # as MANO's, but another in each process
-model.train()
-model[6].eval()                                                           # a frozen layer
-pictures = torch.randn(3, 12, 3, 6, 6) * torch.arange(1.0, 13)[:, None, None, None]
-for step, batch in enumerate(pictures):
-    with batch_statistics(model):
-        for m in share(12, 2):
-            for _ in range(1 + (len(sys.argv) > 3)):                      # the cached step runs each one twice
-                model(batch[2 * m:2 * m + 2])
-torch.save({"state": model.state_dict(), "gathers": gathers, "constant": model.constant, "momentum": model[5].momentum,
-            "hooks": sum(len(layer._forward_hooks) for layer in model.modules())}, f"{out}-{rank()}")
-if world() > 1:
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-'''
-
-
-def on_processes(tmp_path, code, count, *words):
-    """Run a program with the project's root and `words` on some processes, as torchrun would."""
-    (tmp_path / "worker.py").write_text(code)
-    runner = [sys.executable] if count == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    done = subprocess.run([*runner, str(tmp_path / "worker.py"), str(ROOT), *map(str, words)], timeout=300,
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(),
+                                torch.nn.Linear(64, 5), torch.nn.BatchNorm1d(5, momentum=0.3), torch.nn.BatchNorm1d(5))
+    model.register_buffer("constant", torch.tensor([float(common.rank())]))   # as MANO's, but another in each process
+    model.train()
+    model[6].eval()                                                           # a frozen layer
+    pictures = torch.randn(3, 12, 3, 6, 6) * torch.arange(1.0, 13)[:, None, None, None]
+    for batch in pictures:
+        with common.batch_statistics(model):
+            for m in share(12, 2):
+                for _ in range(1 + cached):                                   # the cached step runs each one twice
+                    model(batch[2 * m:2 * m + 2])
+    return {"state": model.state_dict(), "gathers": gathers, "constant": model.constant, "momentum": model[5].momentum,
+            "hooks": sum(len(layer._forward_hooks) for layer in model.modules())}
 
 
 def slow_statistics():
-    """Running statistics of STATISTICS's network after three steps of six micro-batches, layer by layer."""
+    """Running statistics of `statistics_of`'s network after three steps of six micro-batches, layer by layer."""
     torch.manual_seed(0)
     conv, linear = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(64, 5)
     pictures = torch.randn(3, 12, 3, 6, 6) * torch.arange(1.0, 13)[:, None, None, None]
@@ -484,10 +466,8 @@ def slow_statistics():
 
 @pytest.mark.parametrize("count, cached", [(1, True), (2, False), (3, True)])
 def test_running_statistics_move_once_a_step_on_any_number_of_processes(tmp_path, count, cached):
-    on_processes(tmp_path, STATISTICS, count, tmp_path / "out", *["cached"] * cached)
     first, second = slow_statistics()
-    for rank in range(count):
-        found = torch.load(tmp_path / f"out-{rank}", weights_only=True)
+    for rank, found in enumerate(on_processes(tmp_path, count, lambda: statistics_of(cached))):
         state = found["state"]
         for layer, (mean, var) in (("1", first), ("5", second)):
             assert torch.allclose(state[f"{layer}.running_mean"], mean, rtol=1e-5, atol=1e-6), layer
@@ -517,45 +497,26 @@ def test_a_step_of_one_micro_batch_moves_the_statistics_as_torch_does_and_a_brok
     assert ours.momentum == 0.1
 
 
-WORKER = '''
-import json, sys
-import torch
-import torch.nn.functional
-sys.path.insert(0, sys.argv[1])
-import hamuco
-import handmim
-import peclr
-import ti_net
-from common import accumulate, parallel, share, start, world
-torch.set_default_dtype(torch.float64)
-torch.set_num_threads(1)
-device = start("cpu")
-cfg = ti_net.Config(backbone="resnet10", image_size=32, batch_size=12, micro_batch=2, rank=8, embed_dim=4,
-                    decoder_width=4, w=1.0)
-torch.manual_seed(0)
-model = ti_net.TINet(cfg)
-net = parallel(model, device, False)
-pictures = 255 * torch.rand(12, 3, 48, 48)
-mine = share(12, 2)
-for m in mine:
-    batch = {"image": pictures[2 * m:2 * m + 2], "index": torch.arange(2 * m, 2 * m + 2)}
-    with accumulate(net, last=m == mine[-1]):
-        (ti_net.pretrain_step(net, batch, cfg, 0)["loss"] / len(mine)).backward()
-if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-    torch.save({n: p.grad for n, p in model.named_parameters()}, sys.argv[2])
-if torch.distributed.is_initialized():                # what holds the group goes first, or its threads end the process
-    torch.distributed.barrier()
-    del net
-    torch.distributed.destroy_process_group()
-'''
+def gradients_of_a_step():
+    """Gradients of six micro-batches of TI-Net in float64, shared out to the processes."""
+    torch.set_default_dtype(torch.float64)
+    device = common.start("cpu")
+    cfg = ti_net.Config(backbone="resnet10", image_size=32, batch_size=12, micro_batch=2, rank=8, embed_dim=4,
+                        decoder_width=4, w=1.0)
+    torch.manual_seed(0)
+    model = ti_net.TINet(cfg)
+    net = common.parallel(model, device, False)
+    pictures = 255 * torch.rand(12, 3, 48, 48)
+    mine = share(12, 2)
+    for m in mine:
+        batch = {"image": pictures[2 * m:2 * m + 2], "index": torch.arange(2 * m, 2 * m + 2)}
+        with common.accumulate(net, last=m == mine[-1]):
+            (ti_net.pretrain_step(net, batch, cfg, 0)["loss"] / len(mine)).backward()
+    return {n: p.grad for n, p in model.named_parameters()}
 
 
 def test_gradients_agree_on_one_two_and_three_processes(tmp_path):
-    found = {}
-    for count in (1, 2, 3):
-        out = tmp_path / f"{count}.pt"
-        on_processes(tmp_path, WORKER, count, out)
-        found[count] = torch.load(out, weights_only=True)
+    found = {count: on_processes(tmp_path, count, gradients_of_a_step)[0] for count in (1, 2, 3)}
     # a bias before BatchNorm has no gradient but rounding: 1e-10 of a millionth of the largest, at least
     largest = max(float(gradient.abs().max()) for gradient in found[1].values())
     for count in (2, 3):

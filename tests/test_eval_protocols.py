@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import default_collate as collate
 
 import common
+from group import on_processes
 from hand import hand_mark
 import sources
 from sources import Source, coco, dexycb, hanco, ho3d, interhand
@@ -534,17 +535,12 @@ def test_own_labels_are_learnt_from_and_judged(here, module):
 # ---- Several processes ----
 
 
-def test_two_processes_score_every_sample_once(here, command):
+def test_three_processes_score_every_sample_of_forty_once(here):
     own_labels(here / "f", 40)
     run_of(here / "run", peclr)
     words = ["run", "--data", "folder=f", "--split", "train", "--device", "cpu", "--workers", "0"]
-    command("eval.py", *words, "--out", "one")
-    import subprocess
-    import sys
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517",
-                           str(judge.__file__), *words, "--out", "two"], cwd=here, capture_output=True, text=True,
-                          env=__import__("os").environ | {"OMP_NUM_THREADS": "1"}, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    judge.main([*words, "--out", "one"])
+    on_processes(here, 3, lambda: judge.main([*words, "--out", "two"]))
     one, two = (results(here / name / "metrics.json") for name in ("one", "two"))
     assert one["n"] == two["n"] > 30 and one["left_out"] == two["left_out"]
     for row in ("mean_pose", "peclr"):

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import common
+from group import on_processes
 from hand.builtin import builtin_hand
 from sources.freihand import index_freihand
 from sources.index import Index
@@ -624,52 +625,27 @@ def test_accumulated_micro_batches_have_the_gradients_of_their_mean(monkeypatch)
         assert float((gradient - split[name]).abs().max()) < 1e-10 * max(largest, 1)
 
 
-WORKER = '''
-import sys
-import torch
-sys.path[:0] = sys.argv[1:4]
-import hamuco
-from common import accumulate, parallel, share, start
-from test_hamuco import TINY, batch_of
-torch.set_default_dtype(torch.float64)
-torch.set_num_threads(1)
-device = start("cpu")
-cfg = hamuco.Config(**TINY | dict(batch_size=8, micro_batch=2))
-torch.manual_seed(0)
-model = hamuco.HaMuCo(cfg)
-net = parallel(model, device, False)
-batch = batch_of(8)
-batch["view_ok"][2, 1] = False
-cut = lambda s: {k: {n: x[s] for n, x in v.items()} if isinstance(v, dict) else v[s] for k, v in batch.items()}
-mine = share(8, 2)
-for m in mine:
-    with accumulate(net, last=m == mine[-1]):
-        loss = hamuco.train_step(net, cut(slice(2 * m, 2 * m + 2)), cfg, 1, 0)["loss"]
-        (loss / len(mine)).backward()
-if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-    torch.save({n: p.grad for n, p in model.named_parameters()}, sys.argv[4])
-if torch.distributed.is_initialized():                # what holds the group goes first, or its threads end the process
-    torch.distributed.barrier()
-    del net
-    torch.distributed.destroy_process_group()
-'''
+def gradients_of_a_step():
+    """Gradients of four micro-batches in float64, one view missing, shared out to the processes."""
+    torch.set_default_dtype(torch.float64)
+    device = common.start("cpu")
+    cfg = hamuco.Config(**TINY | dict(batch_size=8, micro_batch=2))
+    torch.manual_seed(0)
+    model = hamuco.HaMuCo(cfg)
+    net = common.parallel(model, device, False)
+    batch = batch_of(8)
+    batch["view_ok"][2, 1] = False
+    cut = lambda s: {k: {n: x[s] for n, x in v.items()} if isinstance(v, dict) else v[s] for k, v in batch.items()}
+    mine = common.share(8, 2)
+    for m in mine:
+        with common.accumulate(net, last=m == mine[-1]):
+            loss = hamuco.train_step(net, cut(slice(2 * m, 2 * m + 2)), cfg, 1, 0)["loss"]
+            (loss / len(mine)).backward()
+    return {n: p.grad for n, p in model.named_parameters()}
 
 
 def test_gradients_agree_on_one_and_two_processes(tmp_path):
-    import os
-    import subprocess
-    import sys
-    from pathlib import Path
-    here, found = Path(__file__).parent, {}
-    (tmp_path / "worker.py").write_text(WORKER)
-    for count in (1, 2):
-        runner = [sys.executable] if count == 1 else [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-        words = [str(tmp_path / "worker.py"), str(here.parent), str(here), str(here / "sources"), str(tmp_path / f"{count}.pt")]
-        done = subprocess.run([*runner, *words], timeout=300, capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-3000:]
-        found[count] = torch.load(tmp_path / f"{count}.pt", weights_only=True)
+    found = {count: on_processes(tmp_path, count, gradients_of_a_step)[0] for count in (1, 2)}
     largest = max(float(x.abs().max()) for x in found[1].values())
     for name, gradient in found[1].items():
         scale = max(float(gradient.abs().max()), 1e-6 * largest)

@@ -8,9 +8,6 @@ teacher's weights, the first two calls of the loss.
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -24,6 +21,7 @@ import handmim
 from common import (
     Mano, UserError, ViT, axis_angle_to_matrix, matrix_to_six_d, rotate_z,
     rotation, settle, six_d_to_matrix, transform, warp)
+from group import on_processes
 from hand.builtin import builtin_hand
 from handmim import (Config, Decoder, HandMIM, HandNet, Head, PointMlp, View, block_mask, cosine,
                      crop_intrinsics, draw_masks, draw_paths, draw_view, draw_views, finetune_step, in_latent_units, lr_at,
@@ -716,50 +714,30 @@ def test_accumulated_gradients_and_centres_are_those_of_the_whole_batch(double):
             assert float((gradient - split[name]).abs().max()) < 1e-10 * scale, (parts, name)
 
 
-WORKER = '''
-import sys
-import torch
-sys.path.insert(0, sys.argv[1])
-import handmim
-from common import accumulate, parallel, share, start
-torch.set_default_dtype(torch.float64)
-device = start("cpu")
-cfg = handmim.Config(backbone="vit_mini", image_size=32, batch_size=8, micro_batch=2, prototypes=16,
-                     head_hidden=16, decoder_width=4)
-torch.manual_seed(0)
-model = handmim.HandMIM(cfg)
-net = parallel(model, device, False)
-pictures = torch.randint(0, 256, (8, 3, 48, 48), dtype=torch.uint8)
-mine, sums = share(8, 2), {}
-for m in mine:
-    batch = {"image": pictures[2 * m:2 * m + 2], "index": torch.arange(2 * m, 2 * m + 2)}
-    with accumulate(net, last=m == mine[-1]):
-        terms = handmim.pretrain_step(net, batch, cfg, 0)
-        (terms["loss"] / len(mine)).backward()
-    sums = {n: sums.get(n, 0) + t.detach() / len(mine) for n, t in terms.items()}
-grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-handmim.update_centre(model.centre, sums["centre"])
-handmim.update_centre(model.centre_patch, sums["centre_patch"])
-if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-    torch.save(grads | {"centre": model.centre, "centre_patch": model.centre_patch}, sys.argv[2])
-if torch.distributed.is_initialized():                # what holds the group goes first, or its threads end the process
-    torch.distributed.barrier()
-    del net
-    torch.distributed.destroy_process_group()
-'''
+def gradients_of_a_step():
+    """Gradients and centres of four micro-batches in float64, shared out to the processes."""
+    torch.set_default_dtype(torch.float64)
+    device = common.start("cpu")
+    cfg = Config(backbone="vit_mini", image_size=32, batch_size=8, micro_batch=2, prototypes=16, head_hidden=16, decoder_width=4)
+    torch.manual_seed(0)
+    model = HandMIM(cfg)
+    net = common.parallel(model, device, False)
+    pictures = torch.randint(0, 256, (8, 3, 48, 48), dtype=torch.uint8)
+    mine, sums = common.share(8, 2), {}
+    for m in mine:
+        batch = {"image": pictures[2 * m:2 * m + 2], "index": torch.arange(2 * m, 2 * m + 2)}
+        with common.accumulate(net, last=m == mine[-1]):
+            terms = pretrain_step(net, batch, cfg, 0)
+            (terms["loss"] / len(mine)).backward()
+        sums = {n: sums.get(n, 0) + t.detach() / len(mine) for n, t in terms.items()}
+    handmim.update_centre(model.centre, sums["centre"])
+    handmim.update_centre(model.centre_patch, sums["centre_patch"])
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return grads | {"centre": model.centre, "centre_patch": model.centre_patch}
 
 
 def test_gradients_and_centres_agree_on_one_and_two_processes(tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    found = {}
-    for count in (1, 2):
-        out = tmp_path / f"{count}.pt"
-        runner = [sys.executable] if count == 1 else [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        done = subprocess.run([*runner, str(tmp_path / "worker.py"), str(ROOT), str(out)], timeout=300,
-                              capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-3000:]
-        found[count] = torch.load(out, weights_only=True)
+    found = {count: on_processes(tmp_path, count, gradients_of_a_step)[0] for count in (1, 2)}
     for name, value in found[1].items():
         scale = max(float(value.abs().max()), 1e-6)
         assert float((value - found[2][name]).abs().max()) < 1e-10 * scale, name

@@ -2,9 +2,6 @@
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import common
 import peclr
 from common import batch_statistics, load_backbone, rotation, settle, translation
+from group import on_processes
 from sources import Source, open_data, training_steps
 from sources.reading import read_items
 from sources.synthetic import Synthetic
@@ -519,48 +518,26 @@ def test_accumulated_losses_see_only_their_micro_batch(monkeypatch):
     assert abs(loss - oracle(cfg, micro)[0]) > 0.5                                   # ln 7 against ln 23
 
 
-WORKER = """
-import sys, torch
-sys.path.insert(0, {root!r})
-import common, peclr
-from sources.synthetic import LENGTH
-torch.set_num_threads(1)
-device = common.start("cpu")
-cfg = peclr.Config(backbone="resnet10", image_size=32, batch_size=8, micro_batch=2, workers=0)
-torch.manual_seed(0)
-model = peclr.PeCLR(cfg).double()
-views = peclr.make_views
-peclr.make_views = lambda b, c, e: (views(b, c, e)[0].double(), views(b, c, e)[1])
-net = common.parallel(model, device, False)
-torch.manual_seed(3)
-image, uv = torch.randint(0, 256, (8, 3, 48, 48), dtype=torch.uint8), 24 + 6 * torch.randn(8, 21, 2)
-mine = [torch.arange(2 * k, 2 * k + 2) for k in common.share(8, 2)]
-micro = [{{"image": image[i], "uv": uv[i], "index": i, "crop": torch.eye(3).expand(2, 3, 3)}} for i in mine]
-model.train()
-with common.batch_statistics(model):
-    terms = peclr.cached_step(net, micro, cfg, 0) if len(micro) > 1 else peclr.whole_step(net, micro[0], cfg, 0)
-if common.rank() == 0:
-    torch.save({{"loss": terms["loss"].detach(), "grads": [p.grad for p in model.parameters()],
-                "buffers": dict(model.named_buffers())}}, {out!r})
-common.barrier()
-if torch.distributed.is_initialized():
-    del net
-    torch.distributed.destroy_process_group()
-"""
+def a_step():
+    """Loss, gradients and statistics of four micro-batches in float64, shared out to the processes."""
+    device = common.start("cpu")
+    cfg = Config(batch_size=8, micro_batch=2, **TINY)
+    torch.manual_seed(0)
+    model = PeCLR(cfg).double()
+    peclr.make_views = lambda *given: (lambda views, drawn: (views.double(), drawn))(*make_views(*given))
+    net = common.parallel(model, device, False)
+    torch.manual_seed(3)
+    image, uv = torch.randint(0, 256, (8, 3, 48, 48), dtype=torch.uint8), 24 + 6 * torch.randn(8, 21, 2)
+    mine = [torch.arange(2 * k, 2 * k + 2) for k in common.share(8, 2)]
+    micro = [{"image": image[i], "uv": uv[i], "index": i, "crop": torch.eye(3).expand(2, 3, 3)} for i in mine]
+    model.train()
+    with batch_statistics(model):
+        terms = peclr.cached_step(net, micro, cfg, 0) if len(micro) > 1 else peclr.whole_step(net, micro[0], cfg, 0)
+    return {"loss": terms["loss"].detach(), "grads": [p.grad for p in model.parameters()], "buffers": dict(model.named_buffers())}
 
 
 def test_one_two_and_four_processes_have_equal_loss_gradients_and_statistics(tmp_path):
-    found = []
-    for count in (1, 2, 4):                                            # four: one micro-batch each, the plain form
-        out = tmp_path / f"{count}.pt"
-        script = tmp_path / "worker.py"
-        script.write_text(WORKER.format(root=str(ROOT), out=str(out)))
-        command = [sys.executable, str(script)] if count == 1 else [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", str(script)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(torch.load(out))
+    found = [on_processes(tmp_path, count, a_step)[0] for count in (1, 2, 4)]     # four: one micro-batch each, the plain form
     for other in found[1:]:
         assert float((other["loss"] - found[0]["loss"]).abs()) < 1e-10
         assert max(float((a - b).abs().max()) for a, b in zip(other["grads"], found[0]["grads"])) < 1e-10
