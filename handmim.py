@@ -561,12 +561,13 @@ class HandMIM(nn.Module):
             z = self.student.head(tokens[:, 0]).unflatten(0, (-1, 2))       # (B, 2, 256)
             out = out._replace(student=self.class_logits(self.student, z, view))
         if "no-patch" not in self.cfg.variant:
-            z = self.student.head(tokens[:, 1:][hidden])                    # (T, 256)
+            which, patch = hidden.nonzero(as_tuple=True)                    # (T,): a GPU waits once
+            z = self.student.head(tokens[which, 1 + patch])                 # (T, 256)
             weight = 1 / hidden.sum(1, keepdim=True).clamp(min=1) / len(x)
             out = out._replace(
                 student_patch=self.logits(self.student, z),
-                teacher_patch=self.logits(self.teacher, true[:, 1:][hidden]),
-                weight=weight.to(z.dtype).expand_as(hidden)[hidden],
+                teacher_patch=self.logits(self.teacher, true[which, 1 + patch]),
+                weight=weight.to(z.dtype)[which, 0],
                 centre_patch=self.mean_logits(true[:, 1:].flatten(0, 1)))
         if self.decoder:
             order = reversed(taps) if "deep-first" in self.cfg.variant else taps

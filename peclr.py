@@ -420,7 +420,7 @@ def bone_length(joints: Tensor, bone: tuple[int, int]) -> Tensor:
 
 def with_root(joints: Tensor, convention: Convention) -> Tensor:
     """The rooted hand: joint 0 becomes the mean of the root's joints; (B, J, D), any axes."""
-    root = joints[:, convention.root].mean(1, keepdim=True)
+    root = torch.stack([joints[:, j] for j in convention.root], 1).mean(1, keepdim=True)
     return torch.cat([root, joints[:, 1:]], 1)
 
 

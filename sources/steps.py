@@ -17,11 +17,13 @@ def batches(data: Source, plan: list[Tensor], device: torch.device, workers: int
             ) -> Iterator[dict]:
     """Read the samples named by each (B,) tensor of `plan`, modulo len(data), in that order.
 
-    Each batch gets `index` (B,) as planned, from which every random draw of its views is computed.
+    Each batch gets `index` (B,) as planned, from which every random draw of its views is computed;
+    on the device, and as `index_host` where the host draws.
     """
     rows = [index % len(data) for index in plan]
     for index, batch in zip(plan, data.batches(rows, device, workers)):
-        yield batch | {"index": index.to(device)}
+        moved = index.to(device, non_blocking=True)
+        yield batch | {"index": moved, "index_host": index}
 
 
 class Pace(Protocol):

@@ -167,7 +167,7 @@ FAULTS = [("hamuco.py", old, new, file, words) for old, new, file, words in [
     ("decay_groups(model, cfg.weight_decay), fused=True", "model.parameters(), weight_decay=cfg.weight_decay, fused=True", STEP, LOOP),
     ("decay_groups(model, cfg.weight_decay), fused=True", "decay_groups(model, cfg.weight_decay), betas=(0.9, 0.95), fused=True", STEP, LOOP),
     ("torch.optim.AdamW(decay_groups(model, cfg.weight_decay)", "torch.optim.AdamW(decay_groups(model.backbone, cfg.weight_decay)", STEP, LOOP),
-    ("    epochs = cfg.epochs + cfg.mask_epochs\n    labels = None", "    epochs = cfg.epochs\n    labels = None", STEP, LOOP),
+    ("    epochs = cfg.epochs + cfg.mask_epochs\n    labels = None if", "    epochs = cfg.epochs\n    labels = None if", STEP, LOOP),
     ("        model.train()\n        for step, micro", "        for step, micro", STEP, "judged_before"),
     ("rate = lr_at(run.step, cfg, steps)", "rate = lr_at(step, cfg, steps)", STEP, LOOP),
     ("rate = lr_at(run.step, cfg, steps)", "rate = lr_at(run.step + 1, cfg, steps)", STEP, LOOP),

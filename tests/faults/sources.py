@@ -6,7 +6,7 @@ FAULTS = [
     ("sources/steps.py", "micro = order.view(steps, -1, cfg.micro_batch)[first:,", "micro = order.view(steps, -1, cfg.micro_batch)[:steps - first,",
      "sources/test_loader.py", "goes_on_where"),
     ("sources/steps.py", "rows = [index % len(data) for index in plan]", "rows = [index.clamp(max=len(data) - 1) for index in plan]", "sources/test_loader.py", "modulo"),
-    ("sources/steps.py", 'yield batch | {"index": index.to(device)}', 'yield batch | {"index": index.to(device) % len(data)}', "sources/test_loader.py", "modulo"),
+    ("sources/steps.py", 'moved = index.to(device, non_blocking=True)', 'moved = index.to(device) % len(data)', "sources/test_loader.py", "modulo"),
     ("sources/loader.py", "own = {k: rows[part == k] - self.starts[k] for", "own = {k: rows[part == k] for", "sources/test_loader.py", "in_the_order"),
     ("sources/loader.py", "part.argsort(stable=True).argsort()", "part.argsort(stable=True)", "sources/test_loader.py", "in_the_order"),
     ("sources/loader.py", "torch.bucketize(rows, self.starts[1:], right=True)", "torch.bucketize(rows, self.starts[1:])", "sources/test_loader.py", "in_the_order"),
