@@ -2,6 +2,8 @@
 
     feed      pictures a second a core, read and kept, against torchvision's ImageFolder with Pillow; a step's
               micro-batches waited for one by one against all at once
+    launches  operators of a step, numbers the host reads and copies it waits for, as a GPU would be asked
+    precision forward and backward in bfloat16 against float32 on this CPU: back-bones, steps of --quick
     mano      our layer against smplx 0.1.28 on the same model (`pip install --no-deps smplx`); "not run" without
     render    synthetic images a second at 64, 128 and 256 px, everything included, and the bar
     score     raw, aligned and AUC scores of 3,960 samples in one batch against a loop with one SVD a sample;
@@ -48,6 +50,7 @@ from sources.protocols import PROTOCOLS
 from sources.reading import read_items
 from sources.squares import keep_squares
 from sources.synthetic import Cached, Synthetic
+from benches.asking import bench_launches, bench_precision
 from benches.profiling import bench_profile
 from benches.starting import bench_rss, bench_start
 from benches.tables import bench_hours, bench_memory
@@ -406,7 +409,7 @@ def bench_feed() -> None:
           f"reading or computing alone 0.160 s")
 
 
-BENCHES = {"feed": bench_feed, "hamuco": bench_hamuco, "handmim": bench_handmim, "mano": bench_mano, "render": bench_render, "score": bench_score, "ti_net": bench_ti_net, "peclr": bench_peclr, "rss": bench_rss, "start": bench_start}
+BENCHES = {"feed": bench_feed, "launches": bench_launches, "precision": bench_precision, "hamuco": bench_hamuco, "handmim": bench_handmim, "mano": bench_mano, "render": bench_render, "score": bench_score, "ti_net": bench_ti_net, "peclr": bench_peclr, "rss": bench_rss, "start": bench_start}
 
 
 COMMANDS = {"memory": bench_memory, "hours": bench_hours, "profile": bench_profile}           # these take words of their own

@@ -1,10 +1,13 @@
 """One training step of every script and stage on samples at hand, for tests and tests/bench.py."""
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 # common before torch: it settles how threads wait
+import common
 from common import settle
 from sources.synthetic import Synthetic
 import hamuco
@@ -14,6 +17,9 @@ import ti_net
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Stage(NamedTuple):
@@ -90,3 +96,46 @@ def samples_of(stage: Stage, n: int) -> dict:
     data = Synthetic(stage.side, n, calm=True, margin=stage.margin, views=views)
     index = torch.arange(n)
     return data.batch(index) | {"index": index}
+
+
+class Watch(TorchDispatchMode):
+    """Counts operators, numbers read by the host, and copies to the device for which it waits."""
+
+    def __init__(self, pictures):
+        super().__init__()
+        self.pictures, self.operators, self.reads, self.copies = pictures, 0, collections.Counter(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.operators += 1
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero"):           # answers that any batch could have given
+            self.reads[name] += 1
+            if name == "nonzero":
+                return torch.zeros(5, args[0].dim(), dtype=torch.long, device=args[0].device)
+            return False if args[0].dtype == torch.bool else self.pictures
+        moved = name == "_to_copy" and isinstance(args[0], torch.Tensor) and args[0].device.type == "cpu"
+        self.copies += moved and torch.device(kwargs.get("device") or "cpu").type == "cuda" and not kwargs.get("non_blocking")
+        return func(*args, **kwargs)
+
+
+def watched(script: str, name: str) -> Watch:
+    """A forward pass and its losses as a GPU would be asked for them; nothing is computed."""
+    stage = stage_of(script, name)
+    batch = samples_of(stage, 2)
+    common._made.cache_clear()
+    try:
+        with (FakeTensorMode() as fake, torch.backends.cudnn.flags(enabled=False),
+              mock.patch.object(handmim, "draw_masks", lambda index, grid, *_: torch.zeros(
+                  len(index), 2, grid ** 2, dtype=torch.bool)),                # they stay on the host
+              mock.patch.object(nn.init, "trunc_normal_", lambda x, **_: x)):  # it reads what it draws
+            batch = pytree.tree_map(
+                lambda x: fake.from_tensor(x).to("cuda") if isinstance(x, Tensor) else x, batch)
+            with torch.device("cuda"):
+                net = stage.model()
+            for _ in range(2):                               # constants are made in the first
+                with Watch(batch["image"].shape[:-3].numel()) as watch:
+                    stage.terms(net, batch)
+    finally:
+        common._made.cache_clear()
+    return watch

@@ -3,57 +3,9 @@ import collections
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
-import handmim
-from steps import STAGES, samples_of, stage_of
-
-
-class Watch(TorchDispatchMode):
-    """Counts operators, numbers read by the host, and copies to the device for which it waits."""
-
-    def __init__(self, pictures):
-        super().__init__()
-        self.pictures, self.operators, self.reads, self.copies = pictures, 0, collections.Counter(), 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        self.operators += 1
-        name = func.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "nonzero"):           # answers that any batch could have given
-            self.reads[name] += 1
-            if name == "nonzero":
-                return torch.zeros(5, args[0].dim(), dtype=torch.long, device=args[0].device)
-            return False if args[0].dtype == torch.bool else self.pictures
-        moved = name == "_to_copy" and isinstance(args[0], torch.Tensor) and args[0].device.type == "cpu"
-        self.copies += moved and torch.device(kwargs.get("device") or "cpu").type == "cuda" and not kwargs.get("non_blocking")
-        return func(*args, **kwargs)
-
-
-@pytest.fixture(scope="module")
-def watched():
-    """watched(script, stage) -> the `Watch` of a forward pass and its losses as a GPU would see them; nothing is computed."""
-    def run(script, name):
-        stage = stage_of(script, name)
-        batch = samples_of(stage, 2)
-        common._made.cache_clear()
-        try:
-            with FakeTensorMode() as fake, torch.backends.cudnn.flags(enabled=False), pytest.MonkeyPatch.context() as patch:
-                patch.setattr(handmim, "draw_masks", lambda index, grid, *_: torch.zeros(len(index), 2, grid ** 2, dtype=torch.bool))
-                patch.setattr(torch.nn.init, "trunc_normal_", lambda x, **_: x)      # it reads what it draws
-                batch = pytree.tree_map(lambda x: fake.from_tensor(x).to("cuda") if isinstance(x, torch.Tensor) else x, batch)
-                with torch.device("cuda"):
-                    net = stage.model()
-                for _ in range(2):                               # constants are made in the first
-                    with Watch(batch["image"].shape[:-3].numel()) as watch:
-                        stage.terms(net, batch)
-        finally:
-            common._made.cache_clear()
-        return watch
-    return run
+from steps import STAGES, samples_of, stage_of, watched
 
 
 # Operators forward, views and losses included, with head-room; numbers read by the host. HandMIM asks which patches are
@@ -64,7 +16,7 @@ ASKED = {"ti_net pretrain": (1700, {}), "ti_net finetune": (1200, {}), "handmim 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("script", "stage"), STAGES)
-def test_a_step_asks_little_of_a_gpu(watched, script, stage):
+def test_a_step_asks_little_of_a_gpu(script, stage):
     watch = watched(script, stage)
     most, reads = ASKED[f"{script} {stage}"]
     assert dict(watch.reads) == reads and watch.copies == 0
