@@ -167,8 +167,15 @@ class Child:
                 os._exit(code)
 
     def end(self):
-        """Its exit code, below 0 for the signal that ended it."""
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        """Its exit code, below 0 for the signal that ended it; SIGKILL after half a minute."""
+        until = time.monotonic() + 30
+        while True:
+            gone, status = os.waitpid(self.pid, os.WNOHANG)
+            if gone:
+                return os.waitstatus_to_exitcode(status)
+            if time.monotonic() > until:
+                os.kill(self.pid, signal.SIGKILL)
+            time.sleep(0.005)
 
     def wait_for(self, path):
         began = time.monotonic()
