@@ -806,7 +806,8 @@ def refine(X: Tensor, uv: Tensor, P: Tensor, ok: Tensor, offset: Tensor | float 
         H = torch.einsum("...nra,...nrb->...ab", J * w[..., None], J)
         g = torch.einsum("...nra,...nr->...a", J, w * r)
         scale = damping[..., None, None] * H.diagonal(dim1=-2, dim2=-1)[..., None] + 1e-12
-        step = torch.linalg.solve(H.nan_to_num() + scale.nan_to_num(nan=1.0) * eye, g.nan_to_num())
+        A = H.nan_to_num() + scale.nan_to_num(nan=1.0) * eye
+        step = torch.linalg.solve_ex(A, g.nan_to_num()).result        # unchecked: a GPU would wait
         r_new, J_new, d_new = look(X - step)
         good = (cost(d_new) <= cost(d))[..., None]
         damping = torch.where(good[..., 0], damping / 10, damping * 10).clamp(1e-15, 1e9)

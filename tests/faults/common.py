@@ -16,6 +16,8 @@ FAULTS = [
     ("common.py", "    except (AttributeError, RuntimeError):  ", "    except RuntimeError:  ", "test_common_run.py", "auto_precision"),
     ("common.py", "if able and not backbone.startswith(\"efficientnet\")", "if able", "test_common_run.py", "auto_precision"),
     ("common.py", "on = precision == \"bf16\" or (precision == \"auto\" and device.type == \"cuda\")", "on = precision != \"fp32\"", "test_common_run.py", "settled_precision"),
+    ("peclr.py", "    root = torch.stack([joints[:, j] for j in convention.root], 1).mean(1, keepdim=True)", "    root = joints[:, convention.root].mean(1, keepdim=True)", "test_steps.py", "asks_little and peclr-finetune"),
+    ("common.py", "return _made(numbers, device, dtype or torch.get_default_dtype())", "return _made.__wrapped__(numbers, device, dtype or torch.get_default_dtype())", "test_steps.py", "asks_little and peclr-finetune"),
     ("common.py", "    return (A[..., None, :2, :2] * points[..., None, :]).sum(-1) + A[..., None, :2, 2]", "    return points @ A[..., :2, :2].mT + A[..., None, :2, 2]", "test_common_transforms.py", "autocast"),
     ("common.py", "saturation * torch.minimum(k, 4 - k).clamp(0, 1))", "saturation * torch.minimum(k, 3 - k).clamp(0, 1))", "test_common_augmentation.py", "jitter"),
     ("common.py", "(images >= 0.5), 1 - images", "(images <= 0.5), 1 - images", "test_common_augmentation.py", "grey_blur"),
