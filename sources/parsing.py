@@ -150,6 +150,7 @@ def below(path: object, name: str) -> str:
     if not isinstance(path, str) or not path or "\0" in path or path[0] in "/\\~" \
             or ".." in re.split(r"[/\\]", path) or re.match("[A-Za-z]:", path):
         raise ValueError(f"{name} must be a path below the data set, not {_short(path)}")
+    os.fsencode(path)                                # a ValueError where no file can have that name
     return path
 
 

@@ -63,6 +63,11 @@ def test_words_whole_numbers_and_paths_are_checked():
             below(bad, "path")
 
 
+def test_a_path_that_no_file_can_have_is_refused():
+    with pytest.raises(ValueError, match="surrogates"):
+        below("a\ud800.jpg", "path")
+
+
 def test_cameras_and_rotations_are_what_they_say():
     K = np.array([[300.0, 1, 150], [0, 310, 120], [0, 0, 1]])
     intrinsics(np.stack([K, np.full((3, 3), np.nan)]))
