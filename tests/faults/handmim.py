@@ -132,7 +132,7 @@ FAULTS = [
     ("handmim.py", "\"-\".join((METHOD, *every)): str(out / \"backbone.pt\")}", "\"-\".join((METHOD, *every)): str(out / \"backbone-ibot.pt\")}", STEP, "each_command"),
     ("sources/photos.py", "left=hand[\"side\"] == \"left\"", "left=hand[\"side\"] == \"right\"", "sources/test_photos.py", "cut_from_whole"),
     # what stands around the loops
-    ("handmim.py", "optimizer, total=total)\n    for epoch in range(run.step // steps, cfg.epochs):\n        model.train()\n", "optimizer, total=total)\n    model.train()\n    for epoch in range(run.step // steps, cfg.epochs):\n", STEP, "pretraining_loop"),
+    ("handmim.py", "optimizer, total=total)\n    share = centre_share(cfg.teacher_momentum)\n    for epoch in range(run.step // steps, cfg.epochs):\n        model.train()\n", "optimizer, total=total)\n    share = centre_share(cfg.teacher_momentum)\n    model.train()\n    for epoch in range(run.step // steps, cfg.epochs):\n", STEP, "pretraining_loop"),
     ("handmim.py", "optimizer, total=cfg.epochs * steps)\n    for epoch in range(run.step // steps, cfg.epochs):\n        model.train()\n", "optimizer, total=cfg.epochs * steps)\n    model.train()\n    for epoch in range(run.step // steps, cfg.epochs):\n", STEP, "finetuning_loop and 0"),
     ("handmim.py", "update_centre(model.centre_patch, sums.pop(\"centre_patch\"), share)\n            run.advance(sums, epoch, lr=rate, may_save=step + 1 < steps)", "update_centre(model.centre_patch, sums.pop(\"centre_patch\"), share)\n            run.advance(sums, epoch, lr=rate, may_save=False)", STEP, "pretraining_loop"),
     ("handmim.py", "cut_photos(spec, cfg.root, cfg.cache, VIEW_MARGIN)", "cut_photos(spec, cfg.root, cfg.cache, MARGIN)", STEP, "pretraining_loop"),
