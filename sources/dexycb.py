@@ -107,7 +107,8 @@ def _frames(root: Path, folder: str, cameras: list[int]) -> dict[str, np.ndarray
         serials = sorted(below(serial, "serials") for serial in meta["serials"])
         if len(set(serials)) != 8:
             raise ValueError("serials must name eight cameras")
-        mano = read("calibration", f"mano_{meta['mano_calib'][0]}", "mano.yml")
+        calibration = "mano_" + below(meta["mano_calib"][0], "mano_calib")
+        mano = read("calibration", calibration, "mano.yml")
         shape = numbers(mano["betas"], "betas", 10)
         frames = whole(meta["num_frames"], "num_frames", 1, 1000)
         for serial in [serials[camera] for camera in cameras]:
