@@ -30,6 +30,7 @@ import signal
 import sys
 import time
 import typing
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -1140,7 +1141,8 @@ class Flags:
     workers: int = arg(4, "processes that read pictures (0: none beside the main one)")
     device: str = arg("auto", "cpu, cuda, cuda:N or auto")
     save_minutes: float = arg(10.0, "minutes between two checkpoints inside an epoch", above=0)
-    resume: bool = arg(False, "go on with every stage of the run in --out")
+    resume: bool = arg(False, "go on with every stage of the run in --out; what torchrun "
+                              "--max-restarts starts again does so by itself")
     quick: bool = arg(False, "minutes on two CPU cores: every stage, small; explicit flags win")
     compile: bool = arg(False, "torch.compile the network")
     recompute: bool = arg(False, "save memory: run the back-bone's blocks twice, see README")
@@ -1273,6 +1275,10 @@ def _on_signal(number: int, _: object) -> None:
     os.write(2, b"\nstopping after this step; a second time: at once\n")     # print may not nest
 
 
+# What gloo and NCCL say where a connection to another process breaks.
+GONE = ("by peer", "Broken pipe", "remote process exited")
+
+
 def guarded(main: Callable[[], None]) -> int:
     """Run a script's main; the exit code, and what went wrong on a line of its own on stderr.
 
@@ -1283,38 +1289,48 @@ def guarded(main: Callable[[], None]) -> int:
     before = {n: signal.getsignal(n) for n in numbers}
     before = {n: old for n, old in before.items() if old not in (None, signal.SIG_IGN)}
     Stop.asked, Stop.patient, Stop.process = 0, False, os.getpid()
-    code = 2
     try:
         for number in before:
             signal.signal(number, _on_signal)
-        main()
-        return 0
-    except (UserError, OSError) as error:
-        said = f"error: {error}"
-    except KeyboardInterrupt as stop:
-        said, code = str(stop) or "stopped", 128 + (Stop.asked or signal.SIGINT)
-    except RuntimeError as error:           # of data workers and other processes that were told too
-        if Stop.asked:
-            said, code = "stopped", 128 + Stop.asked
-        elif "DataLoader worker" in str(error):
-            said = ("error: a process that reads pictures was killed, as the system does where "
-                    "memory runs out; go on with --resume and fewer --workers")
-        elif world() > 1 and "peer" in str(error):         # gloo's word for a broken connection
-            said = "error: another process of this job ended, and says why; go on with --resume"
-        else:
-            raise
+        try:
+            main()
+            return 0
+        except (UserError, OSError, KeyboardInterrupt, RuntimeError) as error:
+            for number in before:
+                signal.signal(number, signal.SIG_IGN)    # or torchrun's ends it before it has said
+            said, code = _last_words(error)
+        for bar in list(getattr(tqdm, "_instances", ())):    # the words get a line of their own
+            bar.close()
+        if rank() == 0 or said.startswith("error"):
+            print(said, file=sys.stderr, flush=True)
+        return code
     finally:
         for number, old in before.items():
             signal.signal(number, old)
-        first = rank() == 0
         if torch.distributed.is_initialized():
             gc.collect()             # networks hold the group, whose threads would outlive it
             torch.distributed.destroy_process_group()
-    for bar in list(getattr(tqdm, "_instances", ())):            # the words get a line of their own
-        bar.close()
-    if first or code == 2:
-        print(said, file=sys.stderr)
-    return code
+
+
+def _last_words(error: BaseException) -> tuple[str, int]:
+    """A sentence on what ended a command, and its exit code; raises what is no user's business."""
+    text = str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return text or "stopped", 128 + (Stop.asked or signal.SIGINT)
+    if not isinstance(error, RuntimeError):
+        return f"error: {text}", 2
+    # Data workers and other processes may have been told to stop, too; torchrun tells them so when
+    # one of them ends, and that is then the news.
+    code = 128 + Stop.asked if Stop.asked else 2
+    if world() > 1 and any(words in text for words in GONE):
+        return ("error: another process of this job ended, and says why unless it was killed; go "
+                "on with --resume"), code
+    if Stop.asked:
+        return "stopped", code
+    if "DataLoader worker" in text:
+        return ("error: a process that reads pictures was killed, as the system does where memory "
+                "runs out; go on with --resume and fewer --workers"), code
+    raise error
 
 
 # Folders, logs, checkpoints
@@ -1462,7 +1478,9 @@ def parallel(model: nn.Module, device: torch.device, compile: bool) -> nn.Module
     if world() == 1:
         return net
     ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
+    with warnings.catch_warnings():                      # for a name that older torch lacks
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.parallel.DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
 
 
 def unwrapped(net: nn.Module) -> nn.Module:

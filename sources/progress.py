@@ -19,6 +19,7 @@ from common import (
     Flags, Stop, Stopped, UserError, load_checkpoint, rank, save_checkpoint, say, whole_file, world)
 from hand.drawing import curve
 from sources.checkpoints import not_finite, take_up
+from sources.steps import mean_over_processes
 
 import torch
 from torch import Tensor, nn
@@ -164,6 +165,7 @@ class Run:
         self._watch(terms)
         if self.step % self.every == 0 or self.step == 1:
             self.check()
+            terms = mean_over_processes(terms)
             self.log(step=self.step, epoch=epoch, lr=lr, **terms)
             self.tell(terms)
         elif not may_save:                               # what follows may write the best weights

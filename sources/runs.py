@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import platform
 import re
 import shutil
 import time
@@ -20,6 +21,7 @@ from sources.files import locked
 
 import torch
 
+JOB = ".job"                                          # who began here, of those that may restart
 PART = re.compile(r"\..+\.\d+|.+\.\d+\.part")         # what a killed writer leaves, by its process
 
 
@@ -30,7 +32,9 @@ def open_out(out: str, default: str, resume: bool) -> Iterator[Path]:
     Raises UserError on every process where an explicit folder holds something and `resume` is off,
     where there is nothing to resume, where it cannot be written, or where another run writes there.
     A new folder goes again if a UserError ends the run before its first checkpoint. What a killed
-    run left half written goes at the start. An end by a signal says how to go on.
+    run left half written goes at the start. An end by a signal says how to go on. Where torchrun
+    starts a command again (--max-restarts), it is the folder of its first start, if it had one: a
+    folder that was refused then is refused again.
     """
     with contextlib.ExitStack() as held:
         found: list[Any] = [None, ""]                      # the folder, or why there is none
@@ -38,6 +42,8 @@ def open_out(out: str, default: str, resume: bool) -> Iterator[Path]:
             try:
                 folder = _chosen(out, default, resume)
                 held.enter_context(_alone(folder))
+                if _job():
+                    (folder / JOB).write_text(_job(), encoding="utf-8")
                 sweep(folder.rglob("*"))
                 found[0] = folder
             except UserError as error:
@@ -64,11 +70,14 @@ def _chosen(out: str, default: str, resume: bool) -> Path:
     numbered = [Path(default), *(Path(f"{default}-{k}") for k in range(2, 1000))]
     folders = [Path(out)] if out else numbered
     there = [folder for folder in folders if folder.exists()]
-    if resume and not (restarted() and not there):
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        for folder in reversed(there):
+            if (folder / JOB).is_file() and (folder / JOB).read_text(encoding="utf-8") == _job():
+                return folder
+    if resume:
         if not there:
             raise UserError(f"--resume: {folders[0]} is not there; name the run's folder by --out")
-        begun = (there[-1] / "flags.json").is_file() or any(there[-1].rglob("last.pt"))
-        if not begun and not restarted():
+        if not (there[-1] / "flags.json").is_file() and not any(there[-1].rglob("last.pt")):
             raise UserError(f"--resume: {there[-1]} holds no run (neither flags.json nor a "
                             "last.pt); start one without --resume")
         return there[-1]
@@ -118,9 +127,12 @@ def sweep(files: Iterable[Path], age: float = 0) -> None:
                 path.unlink()
 
 
-def restarted() -> bool:
-    """Whether torchrun starts this command again (--max-restarts): it goes on where it can."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def _job() -> str:
+    """What torchrun's starts of one job have in common; "" where it starts it once only."""
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return ""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")       # "none": nobody gave it one
+    return name if name != "none" else f"{platform.node()} {os.getppid()}"
 
 
 def recall(Config: type, given: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +141,6 @@ def recall(Config: type, given: dict[str, Any]) -> dict[str, Any]:
     A damaged or foreign file is a UserError, unless flags of the run are given: they count then,
     and last.pt says whether they are the run's.
     """
-    given = given | {"resume": True} if restarted() else given
     path = Path(given.get("out", "")) / "flags.json"
     if not given.get("resume") or not path.is_file():
         return given

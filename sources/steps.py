@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 # common before torch: it settles how threads wait
-from common import permutation, share, steps_per_epoch
+from common import permutation, share, steps_per_epoch, world
 from sources.loader import Source
 
 import torch
@@ -80,3 +80,12 @@ def training_steps(data: Source, cfg: Pace, epoch: int, first: int, device: torc
             _ = micro_batches[-1]           # what this step did not ask for is not the next one's
     finally:
         stream.close()                      # and its worker processes with it
+
+
+def mean_over_processes(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A step's terms over all its micro-batches: every process has the mean of its own share."""
+    if world() == 1:
+        return terms
+    total = torch.stack([term.detach().float() for term in terms.values()])
+    torch.distributed.all_reduce(total)
+    return dict(zip(terms, total / world()))

@@ -68,7 +68,7 @@ FAULTS = [
     ("sources/ho3d.py", 'return "" if whole else "frames with NaN labels", values', 'return "", values', "sources/test_parsing.py", "left_out_and_counted"),
     ("sources/interhand.py", 'path = below(image["file_name"], "file_name")', 'path = image["file_name"]', "sources/test_parsing.py", "interhand_names"),
     ("sources/files.py", 'digest == _digest(about, columns)) else None', 'digest) else None', "test_fuzz.py", "kept"),
-    ("common.py", 'elif "DataLoader worker" in str(error):', 'elif "no such word" in str(error):', "sources/test_workers.py", "that_dies"),
+    ("common.py", 'if "DataLoader worker" in text:', 'if "no such word" in text:', "sources/test_workers.py", "that_dies"),
     # files and the cache
     ("sources/files.py", "fcntl.lockf(file,", "fcntl.flock(file,", "sources/test_files.py", "lock_keeps"),
     ("sources/files.py", "(0 if wait else fcntl.LOCK_NB)", "0 * fcntl.LOCK_NB", "sources/test_files.py", "lock_keeps"),

@@ -336,4 +336,4 @@ def test_a_process_whose_neighbour_ended_says_so_in_a_sentence(tmp_path):
 
     codes, said = both(tmp_path, course)
     assert codes == [2, 2] and said[0].splitlines()[-1] == "error: no"
-    assert said[1].splitlines()[-1] == "error: another process of this job ended, and says why; go on with --resume"
+    assert said[1].splitlines()[-1] == "error: another process of this job ended, and says why unless it was killed; go on with --resume"

@@ -118,17 +118,27 @@ def test_resume_in_a_folder_without_a_run_is_refused(tmp_path):
         pass
 
 
-def test_a_command_that_torchrun_starts_again_goes_on_where_it_can(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert recall(ti_net.Config, {"epochs": 3}) == {"epochs": 3}
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    given = recall(ti_net.Config, {"epochs": 3})
-    assert given == {"epochs": 3, "resume": True}
-    for _ in range(3):                                     # no folder, one without a run, and one with it
-        with open_out("", f"{tmp_path}/a", given["resume"]) as out:
-            assert out.name == "a"
-    remember(out, {"lr": 0.5})
-    assert recall(ti_net.Config, {"out": str(out)}) == {"out": str(out), "lr": 0.5, "resume": True}
+@pytest.mark.parametrize("name", ["none", "job-7"])
+def test_a_command_that_torchrun_starts_again_goes_on_in_its_own_folder(tmp_path, monkeypatch, name):
+    def opened(start, out="", most=3, run=name, parent=5):
+        monkeypatch.setattr("os.getppid", lambda: parent)
+        for word, value in (("MAX_RESTARTS", most), ("RESTART_COUNT", start), ("RUN_ID", run)):
+            monkeypatch.setenv(f"TORCHELASTIC_{word}", str(value))
+        with open_out(str(out), f"{tmp_path}/a", False) as folder:
+            (folder / "flags.json").write_text("{}")
+            return folder.name
+
+    assert [opened(0), opened(1), opened(2)] == ["a", "a", "a"]
+    assert [opened(0), opened(1)] == ["a-2", "a-2"]
+    assert opened(1, tmp_path / "b") == "b" and opened(2, tmp_path / "b") == "b"      # killed before it had one
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "flags.json").write_text("{}")                                # another's run
+    for start in (0, 1):
+        with pytest.raises(UserError, match="holds something already"):
+            opened(start, tmp_path / "c")
+    with pytest.raises(UserError, match="holds something already"):
+        opened(1, tmp_path / "b", **({"parent": 6} if name == "none" else {"run": "job-8"}))
+    assert opened(0, most=0) == "a-3" and not (tmp_path / "a-3" / ".job").exists()
 
 
 def test_what_a_killed_writer_left_goes_at_the_next_start(tmp_path):
