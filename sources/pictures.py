@@ -71,7 +71,7 @@ def read_shrunk(path: str | Path, ratio: Callable[[tuple[int, int]], float]
     `ratio` says from the (width, height) how many times the picture will be shrunk; s takes two
     thirds of that at most. A JPEG's blocks are decoded to 8 / s pixels a side, which leaves out
     what is shrunk away; the rest differs by 0.2 % of the range (0.5 to 0.9 grey levels of 63
-    photos, the worst 1.6) and is shifted by less than 0.01 px of the result. A picture whose sides
+    photos, the worst 1.6) and is shifted by less than 0.02 px of the result. A picture whose sides
     s does not divide is not shrunk, so x becomes x / s, edges counted, however EXIF turns it.
     """
     with opened(path) as file:

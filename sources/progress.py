@@ -64,7 +64,7 @@ def draw_losses(folder: Path) -> None:
     steps = [line["step"] for line in lines]
     names = [name for name in lines[-1] if name == "loss" or name.startswith("L_")]
     curve(folder / "losses.png", {name: (steps, [line[name] for line in lines]) for name in names},
-          f"{folder.name}: the loss and its terms", "step", "a micro-batch's mean")
+          f"{folder.name}: the loss and its terms", "step")
 
 
 class Log:

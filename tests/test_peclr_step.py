@@ -17,13 +17,13 @@ from peclr import Config, HandNet, PeCLR
 from sources import Source
 from sources.loader import Joined
 
-SIDE, STORED = 36, 54
+SIDE, STORED = 32, 48
 TINY = dict(backbone="resnet10", image_size=SIDE, workers=0)
 MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float64)[..., None, None]
 
 
 class Encoder(torch.nn.Module):
-    """A back-bone of two convolutions: (B, 3, S, S) -> [map (B, 12, 5, 5)] at S = 36."""
+    """A back-bone of two convolutions: (B, 3, S, S) -> [map (B, 12, 4, 4)] at S = 32."""
 
     dim = 12
 
