@@ -122,7 +122,8 @@ def tight_box(uv: np.ndarray) -> np.ndarray:
 def pinhole(joints: np.ndarray, K: np.ndarray) -> np.ndarray:
     """Where cameras K (N, 3, 3) px see points (N, J, 3): (N, J, 2) px, NaN if not in front."""
     uv = joints @ K.transpose(0, 2, 1)
-    return uv[..., :2] / np.where(uv[..., 2:] > 0, uv[..., 2:], np.nan)
+    z = uv[..., 2:]
+    return uv[..., :2] / np.where(z > 1e-6, z, np.nan)             # nearer, px leave float32
 
 
 def rest_wrists(hand: dict[str, np.ndarray], shape: np.ndarray) -> np.ndarray:
