@@ -409,10 +409,10 @@ def bench_feed() -> None:
           f"reading or computing alone 0.160 s")
 
 
-BENCHES = {"feed": bench_feed, "launches": bench_launches, "precision": bench_precision, "hamuco": bench_hamuco, "handmim": bench_handmim, "mano": bench_mano, "render": bench_render, "score": bench_score, "ti_net": bench_ti_net, "peclr": bench_peclr, "rss": bench_rss, "start": bench_start}
-
-
-COMMANDS = {"memory": bench_memory, "hours": bench_hours, "profile": bench_profile}           # these take words of their own
+BENCHES = {"feed": bench_feed, "launches": bench_launches, "precision": bench_precision, "mano": bench_mano,
+           "render": bench_render, "score": bench_score, "ti_net": bench_ti_net, "hamuco": bench_hamuco,
+           "handmim": bench_handmim, "peclr": bench_peclr, "rss": bench_rss, "start": bench_start}
+COMMANDS = {"memory": bench_memory, "hours": bench_hours, "profile": bench_profile}      # these take words of their own
 
 
 def main() -> None:
@@ -421,6 +421,8 @@ def main() -> None:
         COMMANDS[sys.argv[1]](sys.argv[2:])
         return
     torch.set_num_threads(2)
+    if set(sys.argv[1:]) - set(BENCHES):
+        sys.exit(__doc__)
     for name in sys.argv[1:] or BENCHES:
         BENCHES[name]()
 
