@@ -1302,7 +1302,7 @@ def guarded(main: Callable[[], None]) -> int:
         for bar in list(getattr(tqdm, "_instances", ())):    # the words get a line of their own
             bar.close()
         if rank() == 0 or said.startswith("error"):
-            print(said, file=sys.stderr, flush=True)
+            sys.stderr.write("\n" * (rank() > 0) + f"{said}\n")   # the bar is the first one's
         return code
     finally:
         for number, old in before.items():

@@ -1,10 +1,10 @@
 """Processes of one group, forked from this one: as torchrun starts them, without the seconds in which torch is loaded."""
-import contextlib
 import os
 import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,11 +57,10 @@ def _fork(folder: Path, count: int, rank: int, port: int, function: Callable[[],
         if count > 1:
             os.environ.update(WORLD_SIZE=str(count), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
                               MASTER_PORT=str(port))
-        with contextlib.suppress(SystemExit):
-            code = guarded(function)
+        code = guarded(function)
+    except BaseException:
+        traceback.print_exc()
     finally:
-        with contextlib.suppress(BaseException):
-            sys.excepthook(*sys.exc_info())
         os._exit(code)
 
 

@@ -4,13 +4,17 @@
     python tests/processes.py peclr:finetune         one of them
 
 Each stage is the real command of tests/endurance.py, small, with six micro-batches a step, on 1, 2 and 3
-processes. Compared with one process: the numbers of each line of the log and every weight of the last
-checkpoints (sums of gradients come in another order, so equal to TOLERANCE of the tensor's largest number,
-not to the bit), the scores, and how many samples were scored: 8 or 11, which 2 and 3 do not divide. eval.py judges the run again on
-as many processes. Then, on two and three processes in turn: one is killed (SIGKILL), and one alone meets an
-unreadable picture (UserError), both in the middle; torchrun may not start them again, and it is measured how
-long the whole job takes to end, and what was said. At last the same with `--max-restarts 1`: the job is
-to end by itself, with the bits of the run on as many processes that nothing happened to.
+processes. Compared with one process: the first line of the log, to FIRST; later ones and the scores, to
+TOLERANCE; the weights of each checkpoint, by the length of their difference; and how many samples were scored,
+8 or 11, which 2 and 3 do not divide. (Sums come in another order, and in float32 a rounding may put one
+number on the other side of a ReLU's kink; tests/test_processes.py compares gradients in float64, to 1e-10.)
+eval.py judges the run again on as many processes.
+
+Then, on three and two processes: one is killed (SIGKILL), and one alone meets an unreadable picture
+(UserError), both in the middle; torchrun may not start them again, and it is measured how long the whole job
+takes to end, and what was said. At last the same with `--max-restarts 1`: the job is to end by itself, as the
+run on as many processes that nothing happened to; on two with its bits (on three DDP's sums come in
+another order after a restart).
 
 One line a trial; the exit code is 1 if one went wrong. torchrun starts this file again as each process.
 """
@@ -42,7 +46,8 @@ from common import UserError, guarded, load_checkpoint, rank
 import torch
 from torch import Tensor
 
-TOLERANCE = 2e-3          # of a tensor's largest number, after 6 steps in float32
+FIRST = 1e-5              # of a number: nothing but one step's sums lies before it
+TOLERANCE = 3e-2          # of a number (of 1, if it is less), or of the length of all weights: 6 steps in float32
 MINUTE = 60.0
 SMALL = ("--samples 48 --image-size 32 --batch-size 24 --micro-batch 4 --epochs 3 --workers 0 --device cpu --mano builtin "
          "--save-minutes 1e-6 --cache cache --out run")
@@ -113,13 +118,16 @@ def numbers(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def left(run: Path) -> dict[str, dict[str, Tensor]]:
-    """What a run leaves, as numbers: logs without their first line, weights, scores."""
+    """What a run leaves, as numbers: logs without their first line, all weights of a file, scores."""
     found = {}
     for path in sorted(run.rglob("log.jsonl")):
-        found[str(path.relative_to(run))] = dict(numbers([json.loads(line) for line in path.open()][1:]))
+        _, first, *others = [json.loads(line) for line in path.open()]
+        found[f"{path.relative_to(run)}:2"] = dict(numbers(first))
+        found[str(path.relative_to(run))] = dict(numbers(others))
     for path in sorted(run.rglob("*.pt")):
         content = load_checkpoint(path)
-        found[str(path.relative_to(run))] = dict(numbers(content.get("model", content)))
+        weights = [value.flatten() for _, value in numbers(content.get("model", content))]
+        found[str(path.relative_to(run))] = {"": torch.cat(weights)}
     for path in sorted(run.rglob("metrics.json")):
         results = json.loads(path.read_text())["results"]
         found[str(path.relative_to(run))] = dict(numbers([(one["rows"], one["n"], one["left_out"]) for one in results]))
@@ -127,7 +135,10 @@ def left(run: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def apart(one: dict, other: dict) -> tuple[float, str]:
-    """The largest difference of two `left`, as a share of its tensor's largest number, and where it is."""
+    """The largest difference of two `left`, as a share of the number or of all weights, and where it is.
+
+    Lines that have FIRST as their limit count as much more.
+    """
     worst = 0.0, ""
     for file in one | other:
         a, b = one.get(file, {}), other.get(file, {})
@@ -136,9 +147,9 @@ def apart(one: dict, other: dict) -> tuple[float, str]:
         for name, value in a.items():
             if not torch.equal(value.isnan(), b[name].isnan()):
                 return math.inf, f"{file}{name}"
-            if value.numel():
-                scale = max(float(value.nan_to_num().abs().max()), 1e-3)
-                worst = max(worst, (float((value - b[name]).nan_to_num().abs().max()) / scale, f"{file}{name}"))
+            scale = max(float(value.nan_to_num().norm()), 1.0)
+            off = float((value - b[name]).nan_to_num().norm()) / scale
+            worst = max(worst, (off * (TOLERANCE / FIRST if file.endswith(":2") else 1), f"{file}{name}"))
     return worst
 
 
@@ -214,7 +225,8 @@ class Trials:
         straight, now = left(self.place / str(count) / "run"), left(self.place / name / "run")
         straight = {file: value for file, value in straight.items() if not file.startswith("eval-")}
         worst, where = apart(straight, now) if code == 0 else (math.inf, sentence(said))
-        self.say(code == 0 and worst == 0 and "going on at step" in said,
+        limit = 0.0 if count == 2 else TOLERANCE
+        self.say(code == 0 and worst <= limit and "going on at step" in said,
                  f"{count} processes, {trouble} and restart: exit code {code}, apart by {worst:.1e} {where}, {seconds:.0f} s")
 
 
