@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
+import common
 from benches.stages import Stage, batch_of
 import handmim
 
@@ -123,13 +124,17 @@ def size_of(tensors: Any) -> int:
 def fakes(stage: Stage, cfg: Any, count: int) -> Iterator[tuple[nn.Module, dict, Counted]]:
     """The stage's network, a micro-batch of `count` samples and what counts them, all fake."""
     real = batch_of(stage, cfg, count)
+    common._made.cache_clear()
     stage.build(cfg)                                    # what is cached, the hand and such, is real
     # trunc_normal_ draws until a number says that it may stop; masks are thousands of small calls.
     still = mock.patch.object(nn.init, "trunc_normal_", lambda x, *_, **__: x)
     mask = mock.patch.object(handmim, "block_mask", lambda draws, ratio, grid: torch.zeros(
         len(draws), grid, grid, dtype=torch.bool))
-    with still, mask, FakeTensorMode(allow_non_fake_inputs=True), Counted(stage.seen) as counted:
-        yield stage.build(cfg), tree_map_only(Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype), real), counted
+    try:
+        with still, mask, FakeTensorMode(allow_non_fake_inputs=True), Counted(stage.seen) as counted:
+            yield stage.build(cfg), tree_map_only(Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype), real), counted
+    finally:
+        common._made.cache_clear()                      # constants that were made meanwhile are fake
 
 
 def bytes_of(stage: Stage, cfg: Any, count: int, half: bool = False) -> Bytes:
