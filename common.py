@@ -187,7 +187,7 @@ def place(points: Tensor, uv: Tensor, K: Tensor) -> Tensor:
     b = (ray * points[..., 2:] - points[..., :2]).mT.flatten(1)
     known = uv.isfinite().all(-1).repeat(1, 2) & b.isfinite()
     A, b = torch.where(known[..., None], A, 0), torch.where(known, b, 0)
-    shift = torch.linalg.lstsq(A.double().cpu(), b.double().cpu()[..., None]).solution[..., 0]
+    shift = torch.linalg.lstsq(A.cpu().double(), b.cpu().double()[..., None]).solution[..., 0]
     return shift.to(points)
 
 
@@ -1139,7 +1139,7 @@ class Flags:
                        "on)", stage="finetune")
     seed: int = arg(0, "seed of every random draw", most=2 ** 64 - 1)
     workers: int = arg(4, "processes that read pictures (0: none beside the main one)")
-    device: str = arg("auto", "cpu, cuda, cuda:N or auto")
+    device: str = arg("auto", "cpu, cuda, cuda:N, mps or auto")
     save_minutes: float = arg(10.0, "minutes between two checkpoints inside an epoch", above=0)
     resume: bool = arg(False, "go on with every stage of the run in --out; what torchrun "
                               "--max-restarts starts again does so by itself")
@@ -1399,6 +1399,9 @@ def load_checkpoint(path: str | Path) -> Any:
 # Processes
 
 
+WITHOUT_FLOAT64 = ("mps",)
+
+
 def rank() -> int:
     """Number of this process, 0 where there is one."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
@@ -1446,6 +1449,11 @@ def start(device: str) -> torch.device:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
     torch.backends.cudnn.allow_tf32 = True           # not matmul's: it would blur the 3x3 matrices
     return chosen
+
+
+def finest(device: torch.device) -> torch.dtype:
+    """The type of most bits on a device: Apple's have no float64."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 def share(batch_size: int, micro_batch: int) -> range:
@@ -1539,7 +1547,7 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     counts = [layer.num_batches_tracked.clone() for layer in layers]
     momenta = [layer.momentum for layer in layers]
     # Per layer: the sums of mean and variance, and the number of calls, (2 C + 1,) in float64.
-    seen = [old.new_zeros(len(old) + 1, dtype=torch.float64) for old in before]
+    seen = [old.new_zeros(len(old) + 1, dtype=finest(old.device)) for old in before]
 
     def add(layer: nn.Module, *_: object, total: Tensor) -> None:
         total += torch.cat([layer.running_mean, layer.running_var, total.new_ones(1)])
@@ -1557,7 +1565,7 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
             seen = everything.split([len(total) for total in seen])
         called = [total[-1] > 0 for total in seen]
         means = [total[:-1] / total[-1] for total in seen]
-        after = [torch.where(on, old.double().lerp(mean, momentum), old)
+        after = [torch.where(on, old.to(mean).lerp(mean, momentum), old)
                  for on, old, mean, momentum in zip(called, before, means, momenta)]
         counts = [count + on for count, on in zip(counts, called)]
     finally:

@@ -83,7 +83,7 @@ from sources.interhand import INTERHAND_TO_OURS
 from sources.judging import LIMITS, Exam, Row, assess
 from sources.photos import VIDEOS, frames_of, write_video
 from sources.pictures import detect_hands, read_image
-from sources.predictors import Net
+from sources.predictors import Net, answer, scored_on
 from sources.protocols import PROTOCOLS, SUBMIT, SUBMITTED_PART
 from sources.reading import to_device
 from sources.sheets import best_median_worst, draw_rows
@@ -283,8 +283,8 @@ def open_exam(net: Net, asked: Asked, device: torch.device) -> Exam:
                      unlabelled="ti_net" in asked.protocols, rig=net.rig)
     if not len(data):
         raise UserError(f"{asked.spec} {asked.split}: holds no sample, so nothing can be scored")
-    return Exam(data, asked.spec, asked.hand, device, asked.flags.workers, asked.protocols,
-                asked.submit)
+    return Exam(data, asked.spec, asked.hand, scored_on(device), asked.flags.workers,
+                asked.protocols, asked.submit)
 
 
 def images_a_second(exam: Exam, net: Net, count: int) -> float:
@@ -828,7 +828,7 @@ def own_pictures(args: argparse.Namespace, flags: Flags, device: torch.device) -
 
 def in_world(model: nn.Module, batch: dict) -> Fused:
     """A calibrated batch of moments -> the fused hands; left hands as they are, not mirrored."""
-    pred = model.eval().predict({key: batch[key] for key in model.USES if key in batch})
+    pred = answer(model, batch)
     placed = hamuco.place_fused(pred, batch, model.size)
     hand = placed.get("fusion_center", placed["fusion_ransac"])
     every = torch.arange(len(batch["id"]), device=hand["joints"].device)
@@ -870,7 +870,7 @@ def own_cameras(args: argparse.Namespace, flags: Flags, device: torch.device) ->
     out.mkdir(parents=True, exist_ok=True)
     faces = Mano(user_hand(net.cfg.mano)[0]).faces
     plan = list(torch.arange(len(data)).split(16))
-    stream = batches(data, plan, device, flags.workers)
+    stream = batches(data, plan, scored_on(device), flags.workers)
     errors, lengths, lost = [], [], []
     for batch in tqdm(stream, "predicting", len(plan), unit="batch"):
         found = in_world(net.model, batch)

@@ -71,9 +71,9 @@ from typing import Any, NamedTuple
 
 # common before torch: it settles how threads wait
 from common import (
-    MIDDLE_MCP, N_JOINTS, N_VERTS, Flags, Mano, UserError, accumulate, arg, autocast,
-    axis_angle_to_matrix, barrier, batch_statistics, bits, build_backbone, cpu_state, crop,
-    decay_groups, denormalise, epe, guarded, invert, load_backbone, load_checkpoint,
+    MIDDLE_MCP, N_JOINTS, N_VERTS, WITHOUT_FLOAT64, Flags, Mano, UserError, accumulate, arg,
+    autocast, axis_angle_to_matrix, barrier, batch_statistics, bits, build_backbone, cpu_state,
+    crop, decay_groups, denormalise, epe, guarded, invert, load_backbone, load_checkpoint,
     matrix_to_axis_angle, normalise, parallel, parse, permutation, project, rank, rotate_z,
     rotation, save_checkpoint, say, settle, share, six_d_to_matrix, start, steps_per_epoch,
     transform, uniform, unwrapped, warp)
@@ -82,7 +82,7 @@ from hand.drawing import curve, draw_skeleton, sheet
 from sources import Rig, Rows, Source, batches, data_name, hand_for, open_data, training_steps
 from sources.judging import LIMITS, Exam, Row, assess, predictions, shares_within
 from sources.loader import gather
-from sources.predictors import Predictor, outputs
+from sources.predictors import Predictor, answer, outputs, scored_on
 from sources.progress import Run
 from sources.sheets import best_median_worst, draw_rows
 from sources.recipes import stored_config
@@ -1114,7 +1114,7 @@ def model_rows(models: dict[str, HaMuCo], batch: dict) -> dict[str, dict[str, Te
     """Trained models' outputs by row: single_view; or single, interaction, fusion, placed."""
     rows: dict[str, dict[str, Tensor]] = {}
     for name, model in models.items():
-        found = model.predict({key: batch[key] for key in model.USES if key in batch})
+        found = answer(model, batch)
         if name.startswith("single_view"):
             rows[name] = found["single"]
             continue
@@ -1130,11 +1130,11 @@ def predictor(models: dict[str, HaMuCo], size: int, labelled: bool) -> Predictor
 
     Data without 2D labels have the truth in their place: it would score 0.0 px.
     """
-    def answer(batch: dict) -> dict[str, dict[str, Tensor]]:
+    def rows_of(batch: dict) -> dict[str, dict[str, Tensor]]:
         batch = as_views(batch)
         rows = label_rows(batch, size) if labelled else {}
         return outputs(rows | model_rows(models, batch), "")
-    return answer
+    return rows_of
 
 
 def against_labels(f: dict, hand: Mano | None = None) -> dict[str, Tensor]:
@@ -1174,7 +1174,7 @@ def report(cfg: Config, out: Path, names: list[str], device: torch.device) -> No
         return {"within": shares_within(error)}
 
     hand = hand_for(cfg.data[0], cfg.mano)
-    exam = Exam(test, cfg.data[0], hand, device, cfg.workers,
+    exam = Exam(test, cfg.data[0], hand, scored_on(device), cfg.workers,
                 {"labels": against_labels, "fig_4": fig_4})
     judged = predictor(models, cfg.image_size, test.gives("uv_label"))
     rows, _ = assess(exam, judged, content["mean"])
@@ -1284,6 +1284,9 @@ def checked(cfg: Config, given: set[str]) -> Config:
                         "the moments")
     if cfg.supervision == "triangulated" and (cfg.calibration == "none" or cfg.views < 2):
         raise UserError("--supervision triangulated: needs --calibration known, --views 2 or more")
+    if cfg.supervision == "triangulated" and cfg.device.startswith(WITHOUT_FLOAT64):
+        raise UserError(f"--supervision triangulated: needs float64, which --device {cfg.device} "
+                        "does not have; take --device cpu")
     if cfg.rounds > 1 and cfg.supervision in ("truth2d", "truth3d"):
         raise UserError("--rounds: later rounds replace noisy labels, and --supervision "
                         f"{cfg.supervision} has none")

@@ -15,7 +15,8 @@ from sources.index import unmirror
 from sources.interhand import mrrpe
 from sources.loader import gather
 from sources.predictors import (
-    Net, Prediction, Predictor, answer, as_pictures, blind, facts, hidden, redefined, root_of)
+    Net, Prediction, Predictor, answer, as_pictures, blind, facts, hidden, redefined, root_of,
+    scored_on)
 from sources.protocols import Protocol
 from sources.tally import Tally
 
@@ -33,7 +34,7 @@ class Exam:
     data: Source
     spec: str                    # NAME[:PART][=DIR]
     hand: Mano                   # with the joints that the data set means, on the CPU
-    device: torch.device
+    device: torch.device         # see `scored_on`
     workers: int = 0
     protocols: dict[str, Protocol] = dataclasses.field(default_factory=dict)
     submit: bool = False         # whether camera joints and vertices are kept
@@ -49,7 +50,7 @@ def every_batch(data: Source, device: torch.device, workers: int) -> Iterator[di
 def predictions(model: nn.Module, data: Source, cfg: Flags, device: torch.device
                 ) -> Iterator[tuple[dict, dict]]:
     """(batch, prediction) over a data set, each sample once over all processes."""
-    for batch in every_batch(data, device, cfg.workers):
+    for batch in every_batch(data, scored_on(device), cfg.workers):
         yield batch, answer(model, batch)
 
 

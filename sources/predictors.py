@@ -11,8 +11,9 @@ from pathlib import Path
 
 # common before torch: it settles how threads wait
 from common import (
-    ROOT, Flags, Mano, axis_angle_to_matrix, invert, place, transform, view_intrinsics)
+    ROOT, Flags, Mano, axis_angle_to_matrix, finest, invert, place, transform, view_intrinsics)
 from sources import Rig, data_name, joints_of
+from sources.reading import to_device
 
 import numpy as np
 import torch
@@ -57,8 +58,19 @@ class Net:
 
 
 def answer(model: nn.Module, batch: dict) -> dict:
-    """What a model predicts; it sees the keys in its USES, as far as they are there, no more."""
-    return model.eval().predict({key: batch[key] for key in model.USES if key in batch})
+    """What a model predicts; it sees the keys in its USES, as far as they are there, no more.
+
+    It computes on its own device, and the answer is where the batch is, see `scored_on`.
+    """
+    seen = {key: batch[key] for key in model.USES if key in batch}
+    here = batch["image"].device
+    there = next((p.device for p in model.parameters()), here)
+    return to_device(model.eval().predict(to_device(seen, there)), here)
+
+
+def scored_on(device: torch.device) -> torch.device:
+    """Where predictions of a device are judged: on it, or where scores can be in float64."""
+    return device if finest(device) == torch.float64 else torch.device("cpu")
 
 
 def outputs(pred: dict, row: str) -> dict[str, Prediction]:

@@ -16,7 +16,7 @@ from hand.drawing import curve
 from sources import Source, Targets, batches, data_name, hand_for, open_data, scored_split
 from sources.judging import Exam, Row, assess, predictions
 from sources.loader import gather
-from sources.predictors import Net
+from sources.predictors import Net, scored_on
 from sources.progress import Run
 from sources.recipes import origin, stored_config
 from sources.runs import open_out, recall, remember
@@ -103,9 +103,9 @@ def probe_error(model: nn.Module, encode: Callable[[Tensor], Tensor], cfg: Any, 
         data = Synthetic(size, count, 0, part, margin=margin)
         data = Cached(data, Path(cfg.cache)) if device.type == "cpu" else data
         for batch in batches(data, list(torch.arange(count).split(64)), device, 0):
-            X.append(encode(batch["image"]).double())
-            Y.append((batch["joints"] - batch["joints"][:, :1]).double().flatten(1))
-    X, Y = torch.cat(X).cpu(), torch.cat(Y).cpu()
+            X.append(encode(batch["image"]).cpu().double())
+            Y.append((batch["joints"] - batch["joints"][:, :1]).cpu().double().flatten(1))
+    X, Y = torch.cat(X), torch.cat(Y)
     X = (X - X[:512].mean(0)) / X[:512].std(0).clamp(min=1e-6)
     kernel, mean = X @ X[:512].T / X.shape[1], Y[:512].mean(0)
     solved = torch.linalg.solve(kernel[:512] + 0.1 * torch.eye(512, dtype=X.dtype), Y[:512] - mean)
@@ -157,7 +157,8 @@ def report(cfg: Any, out: Path, names: list[str], device: torch.device,
     if not len(test):
         say(f"wrote {out}/finetune.pt; {cfg.finetune} has no {split} split, so nothing was scored")
         return
-    exam = Exam(test, cfg.finetune, hand_for(cfg.finetune, cfg.mano), device, cfg.workers)
+    hand = hand_for(cfg.finetune, cfg.mano)
+    exam = Exam(test, cfg.finetune, hand, scored_on(device), cfg.workers)
     rows: dict[str, Row] = {}
     means: Means = {"mean_pose": {}} | {name: {} for name in names}
     for (name, stage), content in found.items():

@@ -14,4 +14,9 @@ FAULTS = [
     ("common.py", 'sys.stderr.write("\\n" * (rank() > 0) + f', "sys.stderr.write(f", "test_processes.py", "cannot_read"),
     # and torchrun starts the job again
     ("sources/runs.py", "                    (folder / JOB).write_text(_job(), encoding=\"utf-8\")\n", "                    pass\n", "test_processes.py", "restart"),
+    # a device without float64
+    ("common.py", "dtype=finest(old.device))", "dtype=torch.float64)", "test_mps.py", "no_float64 and peclr and finetune"),
+    ("sources/predictors.py", "to_device(model.eval().predict(to_device(seen, there)), here)", "model.eval().predict(to_device(seen, there))", "test_mps.py", "no_float64 and peclr and finetune"),
+    ("sources/predictors.py", "return device if finest(device) == torch.float64 else torch.device(\"cpu\")", "return device", "test_mps.py", "judged"),
+    ("hamuco.py", 'and cfg.device.startswith(WITHOUT_FLOAT64):', "and False:", "test_mps.py", "judged"),
 ]
