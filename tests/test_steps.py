@@ -29,7 +29,7 @@ def test_a_step_asks_little_of_a_gpu(script, stage):
 def test_gradients_in_bfloat16_point_where_those_in_float32_do(script, stage):
     """Of each part of the network, cosine above 0.97, length within 5 %; measured 0.991 and 1.5 % on whole --quick batches."""
     plain, half = stage_of(script, stage), stage_of(script, stage, precision="bf16")
-    batch = samples_of(plain, {"ti_net pretrain": 4, "hamuco train": 2, "peclr finetune": 48}.get(f"{script} {stage}", 16))
+    batch = samples_of(plain, {"ti_net pretrain": 4, "hamuco train": 4, "peclr finetune": 48}.get(f"{script} {stage}", 16))
     torch.manual_seed(0)
     net = plain.model().train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
@@ -43,8 +43,9 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do(script, stage):
                 parts[name.split(".")[0]].append(p.grad.flatten().double())
         return {name: torch.cat(part) for name, part in parts.items()}
 
-    gradients(plain)
-    optimizer.step()                                             # last layers begin at zero
+    for _ in range(3):                      # last layers begin at zero, and small gradients are all rounding
+        gradients(plain)
+        optimizer.step()
     exact, rough = gradients(plain), gradients(half)
     for name, gradient in exact.items():
         assert not torch.equal(gradient, rough[name]), name
