@@ -36,6 +36,14 @@ def test_counted_flops_are_three_forward_passes():
     assert flops_of(stage, cfg, 2) / 2 == pytest.approx(expected, rel=0.05)
 
 
+def test_every_view_of_a_moment_is_counted():
+    """ResNet-18 at 64 px: 1.81 GMAC at 224 px, the same a pixel, in each of 8 views; the rest of HaMuCo is small beside."""
+    stage = STAGES["hamuco:train"]
+    cfg = stage.config(image_size=64, backbone="resnet18", batch_size=2, micro_batch=2, views=8, precision="fp32")
+    encoders = 3 * 2 * 1.81e9 * (64 / 224) ** 2 * 8
+    assert encoders < flops_of(stage, cfg, 2) / 2 < 2 * encoders
+
+
 def test_stages_are_chosen_by_script_or_by_name():
     assert [stage.name for stage in chosen(["peclr", "ti_net:finetune"])] == [
         "ti_net:finetune", "peclr:pretrain", "peclr:finetune"]

@@ -32,20 +32,21 @@ INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 class Counted(TorchDispatchMode):
     """Counts the bytes of living storages, and answers for numbers that fake tensors do not have.
 
-    `now` and `most` are bytes, each storage once, however many views it has. Of a Boolean mask the share `seen` is True; a
-    number that is read on the host is 1.
+    `now` and `most` are bytes, each storage once, however many views it has. Of a Boolean mask the share `seen` is True; an
+    integer that is read on the host is `pictures` (how many are there: HaMuCo), any other number 1.
     """
 
-    def __init__(self, seen: float = 1.0):
+    def __init__(self, seen: float, pictures: int):
         super().__init__()
         self.seen = seen
+        self.pictures = pictures
         self.now = 0
         self.most = 0
         self.alive: dict[int, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is aten._local_scalar_dense.default:
-            return 1
+            return self.pictures if args[0].dtype == torch.int64 else 1
         if func.overloadpacket in INDEXING:
             args = (args[0], [place for index in args[1] for place in self.places(index)], *args[2:])
         if func is aten.nonzero.default:
@@ -131,7 +132,8 @@ def fakes(stage: Stage, cfg: Any, count: int) -> Iterator[tuple[nn.Module, dict,
     mask = mock.patch.object(handmim, "block_mask", lambda draws, ratio, grid: torch.zeros(
         len(draws), grid, grid, dtype=torch.bool))
     try:
-        with still, mask, FakeTensorMode(allow_non_fake_inputs=True), Counted(stage.seen) as counted:
+        with still, mask, FakeTensorMode(allow_non_fake_inputs=True), Counted(
+                stage.seen, count * stage.encoder_pictures) as counted:
             yield stage.build(cfg), tree_map_only(Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype), real), counted
     finally:
         common._made.cache_clear()                      # constants that were made meanwhile are fake
