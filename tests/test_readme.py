@@ -1,15 +1,15 @@
 """README's commands are accepted by the programs they name, and its snippets run on what they say."""
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
 import eval as judge
 from common import UserError
-from conftest import ROOT
 from test_reproduce import SCRIPTS, accepted
 
-TEXT = (ROOT / "README.md").read_text()
+TEXT = (Path(__file__).parent.parent / "README.md").read_text()
 COMMANDS = re.findall(r"^ {4}((?:python|torchrun) .*?)(?: {2,}#.*| # .*)?$", TEXT, re.M)
 COMMANDS += re.findall(r"`(python [\w/]+\.py [^`]*)`", TEXT)
 OURS = [line for line in COMMANDS if re.search(r"(^|\s)(?:%s)" % "|".join([*SCRIPTS, "eval.py"]), line)]
