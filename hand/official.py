@@ -193,7 +193,7 @@ def load_mano(path: str | Path) -> dict[str, np.ndarray]:
                         "authors or an .npz that save_mano wrote") from None
     except Exception as error:      # bytes that are no pickle can fail anywhere in the decoders
         raise UserError(f"{path}: damaged, or not a MANO file ({type(error).__name__}: "
-                        f"{str(error)[:99]})") from None
+                        f"{' '.join(str(error).split())[:99]})") from None
 
 
 def save_mano(path: str | Path, params: dict[str, np.ndarray]) -> None:

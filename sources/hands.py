@@ -105,8 +105,8 @@ class Hands(Source):
         size = shrunk * np.array(picture.size)
         (middle,), (side,) = self._squares(at, size[None], whole)
         if max(side, *abs(middle) / 1000) > 16 * max(size):
-            raise UserError(f"{self.index.id(row)}: box {tuple(columns['box'][row].tolist())} is "
-                            "far off the picture")
+            raise UserError(f"{path}: box {tuple(columns['box'][row].tolist())} of "
+                            f"{self.index.id(row)} is far off the picture")
         image = cut_square(picture, (middle + 0.5) / shrunk - 0.5, side / shrunk, self.size)
         image = image[:, ::-1] if columns["side"][row] == "left" else image
         image = image.transpose(2, 0, 1)

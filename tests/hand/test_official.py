@@ -360,3 +360,13 @@ def test_left_hands_mirror_right_ones_once_their_shapedirs_are_fixed(params):
     assert (got - want).abs().max() < 1e-14
     again = mirror_mano(left)
     assert all((again[key] == params[key]).all() for key in MANO_SHAPES)
+
+
+def test_what_a_decoder_says_in_several_lines_is_one_sentence(tmp_path, monkeypatch):
+    def wordy(data):
+        raise ValueError("the header is long\nand may not be safe")
+
+    monkeypatch.setattr("hand.official._read_npz", wordy)
+    (tmp_path / "MANO_RIGHT.npz").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"MANO_RIGHT.npz: damaged, .* \(ValueError: the header is long and may not be safe\)$"):
+        load_mano(tmp_path / "MANO_RIGHT.npz")

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import default_collate as collate
 
 from common import UserError
 from sources.hands import Hands
+from sources.index import Index
 from trees import KEYS, noise, one
 
 
@@ -125,3 +127,12 @@ def test_mixed_samples_collate_with_nan_and_has(tmp_path):
 def test_a_box_far_off_the_picture_is_refused(tmp_path, box):
     with pytest.raises(UserError, match="one.png.*box"):
         Hands(one(tmp_path, noise(10, 10), box=box), 16, 1.0)[0]
+
+
+def test_a_box_far_off_its_picture_is_named_with_it(tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    index = Index("folder", str(tmp_path), {
+        "paths": np.array([b"a.png"]), "id": np.array(["7"]), "side": np.array(["right"]),
+        "box": np.array([[0.0, 0, 4000, 4000]])}, "annotated")
+    with pytest.raises(UserError, match=r"a.png: box \(0.0, 0.0, 4000.0, 4000.0\) of 7 is far off the picture"):
+        Hands(index, 32, 1.5)[0]
