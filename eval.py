@@ -413,7 +413,7 @@ def conclude(rows: dict[str, Row], asked: Asked, out: Path, all_rows: bool) -> N
     (out / "table.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     write_csv(out / "table.csv", rows)
     pictures_of(rows, out, all_rows)
-    say(f"\nwrote {', '.join(sorted(str(file) for file in out.glob('*.*')))}")
+    say(f"\nwrote {', '.join(sorted(str(file) for file in out.glob('[!.]*.*')))}")
 
 
 def sentence(name: str, row: Row, asked: Asked) -> str:

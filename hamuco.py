@@ -1226,7 +1226,7 @@ def conclude(cfg: Config, out: Path, rows: dict[str, Row], learnt: dict[str, Row
         curve(out / "pck_2d.png", lines, "joints within a 2D distance", "px of a 256 px crop",
               "share")
     draw_moments(out / "predictions.png", rows)
-    say(f"wrote {', '.join(sorted(str(file) for file in out.glob('*.*')))}")
+    say(f"wrote {', '.join(sorted(str(file) for file in out.glob('[!.]*.*')))}")
 
 
 def kinds(rows: dict[str, Row], names: tuple[str, ...]) -> dict[str, Row]:

@@ -209,4 +209,4 @@ def _draw(out: Path, rows: dict[str, Row], trained: dict[str, Path]) -> None:
         draw_rows(out / "predictions.png", rows, picked, kinds)
     else:
         say(f"{out}/predictions.png: no sample has a score, so no sheet was drawn")
-    say(f"wrote {', '.join(sorted(str(file) for file in out.glob('*.*')))}")
+    say(f"wrote {', '.join(sorted(str(file) for file in out.glob('[!.]*.*')))}")

@@ -406,7 +406,7 @@ def test_pretrain_then_finetune_then_eval(here, capsys):
     capsys.readouterr()
     ti_net.main([*tune, "--out", "tuned"])
     said = capsys.readouterr().out
-    assert "8 labels used" in said and "scratch: not run" in said
+    assert "8 labels used" in said and "scratch: not run" in said and ".lock" not in said
     results = json.loads((here / "tuned" / "metrics.json").read_text())["results"]
     assert set(results[0]["rows"]) == {"mean_pose", "ti_net-on-synthetic-calm"} and results[0]["n"] == 24
     for name in ("finetune.pt", "predictions.png", "curve.png", "finetune-ti_net-on-synthetic-calm/views.png"):
