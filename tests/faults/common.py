@@ -84,7 +84,7 @@ FAULTS = [
     ("common.py", "layer.momentum = 1.0 ", "pass ", "test_common_run.py", "one_micro_batch"),
     ("common.py", "            layer.momentum = momentum\n", "", "test_common_run.py", "one_micro_batch or running_statistics and 1-"),
     ("common.py", "            torch.distributed.all_reduce(everything)\n", "            pass\n", "test_common_run.py", "running_statistics and 2-"),
-    ("common.py", "old.double().lerp(mean, momentum), old)", "mean.double(), old)", "test_common_run.py", "one_micro_batch"),
+    ("common.py", "old.to(mean).lerp(mean, momentum), old)", "mean, old)", "test_common_run.py", "one_micro_batch"),
     ("common.py", "        counts = [count + on for count, on in zip(counts, called)]\n", "", "test_common_run.py", "running_statistics and 1-"),
     ("common.py", "if layer.training\n              and isinstance", "if True\n              and isinstance", "test_common_run.py", "running_statistics and 1-"),
     ("common.py", "            hook.remove()\n", "", "test_common_run.py", "running_statistics and 1-"),
@@ -104,5 +104,5 @@ FAULTS = [
     ("common.py", "        bar.close()\n", "        pass\n", "sources/test_progress.py", "line_of_its_own"),
     ("common.py", "        except (UserError, OSError, KeyboardInterrupt,", "        except (UserError, KeyboardInterrupt,", "sources/test_progress.py", "line_of_its_own"),
     ("common.py", "            signal.signal(number, old)\n", "            pass\n", "sources/test_progress.py", "line_of_its_own"),
-    ("common.py", 'elif world() > 1 and "peer" in str(error): ', "elif False: ", "sources/test_progress.py", "neighbour"),
+    ("common.py", "if world() > 1 and any(words in text for words in GONE):", "if False:", "sources/test_progress.py", "neighbour"),
 ]
