@@ -1387,8 +1387,10 @@ def load_checkpoint(path: str | Path) -> Any:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
-        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
-            raise ValueError(f"{part} in it is damaged")       # torch compares no checksum
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as parts:
+                if damaged := parts.testzip():                 # torch compares no checksum
+                    raise ValueError(f"{damaged} in it is damaged")
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                      # torch raises many kinds: zip, pickle, runtime

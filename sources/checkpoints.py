@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 # What a resumed run may change, since no number of it comes from there; of FILES the folder only.
-FREE = {"out", "root", "cache", "row", "workers", "device", "save_minutes", "resume", "compile",
-        "recompute"}
+FREE = {"out", "root", "cache", "keep", "row", "workers", "device", "save_minutes", "resume",
+        "compile", "recompute"}
 FILES = {"init", "mano", "backgrounds"}
 # What last.pt holds. Nothing random is in it.
 FIELDS = {"method": str, "cfg": dict, "model": dict, "optimizer": dict, "step": int, "memo": dict,

@@ -40,4 +40,5 @@ FAULTS = [
     ("sources/progress.py", "        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)\n", "        pass\n", "sources/test_progress.py", "same_step"),
     ("sources/progress.py", "            if world() > 1:\n                torch.distributed.all_reduce(lost", "            if False:\n                torch.distributed.all_reduce(lost", "sources/test_progress.py", "agree_on_a_loss"),
     ("sources/progress.py", "        if asked:\n", "        if False:\n", "sources/test_progress.py", "saves_at_the_next_step"),
+    ("sources/checkpoints.py", '"cache", "keep", "row"', '"cache", "row"', "sources/test_progress.py", "named_each"),
 ]

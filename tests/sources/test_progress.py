@@ -92,7 +92,7 @@ def test_other_options_are_named_each_and_places_may_change(tmp_path):
     own = dict(data=("freihand=/a", "yt3d=/b"), init="/a/weights.pt", lr=0.5, variant=("no-ordinary",))
     begin(tmp_path, **own).save()
     moved = dict(data=("freihand=/c", "yt3d=/d"), init="/c/weights.pt", workers=9, device="cuda", save_minutes=3.0, cache="x",
-                 out="/e", root="/f", resume=True, compile=True)
+                 keep=0.0, out="/e", root="/f", resume=True, compile=True)
     assert begin(tmp_path, **own | moved).step == 0
     for more, said in (
             ({"lr": 0.6, "batch_size": 34}, r"was written with batch_size 68, not 34, lr 0.5, not 0.6; a resumed run cannot "
