@@ -775,22 +775,25 @@ def ransac(uv: Tensor, P: Tensor, ok: Tensor, pairs: Tensor | None = None,
 
 
 def refine(X: Tensor, uv: Tensor, P: Tensor, ok: Tensor, offset: Tensor | float = 0.0,
-           delta: float = HUBER_PX, steps: int = 60) -> Tensor:
+           delta: float = HUBER_PX, steps: int = 60, still: float = 1e-6) -> Tensor:
     """Robust refinement: X (..., 3) minimises the sum over views of Huber(|error in px|, delta).
 
     (..., N, 2), (..., N, 3, 4), ok (..., N); `offset` (..., N, 3) moves X in each term. Damped
-    Gauss-Newton with Huber's weights, so it ends in the minimum that any other solver finds.
+    Gauss-Newton with Huber's weights, so it ends in the minimum that any other solver finds. Every
+    ten steps those are done with that an undamped one would not move by more than `still` px.
     """
+    shape, N = X.shape, uv.shape[-2]
     lost = ~X.isfinite().all(-1, keepdim=True)                # fewer than two views: X stays NaN
-    ok = ok & ~lost
-    X = X.double().masked_fill(lost, 0.0)
-    uv = torch.where(ok[..., None], uv.double(), 0)
-    P = torch.where(ok[..., None, None], P.double(), 0)
+    X = X.double().masked_fill(lost, 0.0).reshape(-1, 3)
+    offset = (X.new_zeros(()) + offset).expand(*shape[:-1], N, 3).reshape(-1, N, 3)
+    ok = (ok & ~lost).reshape(-1, N)
+    uv = torch.where(ok[..., None], uv.double().reshape(-1, N, 2), 0)
+    P = torch.where(ok[..., None, None], P.double().reshape(-1, N, 3, 4), 0)
     eye = torch.eye(3, dtype=uv.dtype, device=uv.device)
-    damping = torch.full_like(uv[..., 0, 0], 1e-3)
+    damping = torch.full_like(X[:, 0], 1e-3)
 
     def look(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Errors (..., N, 2) px, their derivative by X (..., N, 2, 3), their lengths (..., N)."""
+        """Errors (n, N, 2) px, their derivative by X (n, N, 2, 3), their lengths (n, N)."""
         x = (P[..., :3] @ (X[..., None, :] + offset)[..., None])[..., 0] + P[..., 3]
         z = torch.where(ok, x[..., 2], 1)[..., None]
         r = torch.where(ok[..., None], x[..., :2] / z - uv, 0)
@@ -800,14 +803,19 @@ def refine(X: Tensor, uv: Tensor, P: Tensor, ok: Tensor, offset: Tensor | float 
     def cost(d: Tensor) -> Tensor:
         return torch.where(d <= delta, d * d, 2 * delta * d - delta ** 2).sum(-1)
 
-    r, J, d = look(X)
-    for _ in range(steps):
+    def solve(damping: Tensor) -> Tensor:
+        """What a step of that damping (n,) takes from X, (n, 3)."""
         w = (delta / d.clamp(min=delta))[..., None] * ok[..., None]
         H = torch.einsum("...nra,...nrb->...ab", J * w[..., None], J)
         g = torch.einsum("...nra,...nr->...a", J, w * r)
         scale = damping[..., None, None] * H.diagonal(dim1=-2, dim2=-1)[..., None] + 1e-12
         A = H.nan_to_num() + scale.nan_to_num(nan=1.0) * eye
-        step = torch.linalg.solve_ex(A, g.nan_to_num()).result        # unchecked: a GPU would wait
+        return torch.linalg.solve_ex(A, g.nan_to_num()).result        # unchecked: a GPU would wait
+
+    found, rows = X.clone(), torch.arange(len(X), device=X.device)
+    r, J, d = look(X)
+    for k in range(1, steps + 1):
+        step = solve(damping)
         r_new, J_new, d_new = look(X - step)
         good = (cost(d_new) <= cost(d))[..., None]
         damping = torch.where(good[..., 0], damping / 10, damping * 10).clamp(1e-15, 1e9)
@@ -815,7 +823,15 @@ def refine(X: Tensor, uv: Tensor, P: Tensor, ok: Tensor, offset: Tensor | float 
         d = torch.where(good, d_new, d)
         r = torch.where(good[..., None], r_new, r)
         J = torch.where(good[..., None, None], J_new, J)
-    return X.masked_fill(lost, math.nan)
+        if k % 10 == 0:
+            found[rows] = X
+            px = (J @ solve(torch.full_like(damping, 1e-9))[:, None, :, None])[..., 0].norm(dim=-1)
+            left = (~(px <= still)).any(-1).nonzero()[:, 0]           # here a GPU waits
+            rows, X, uv, P, ok, offset, damping = (
+                x[left] for x in (rows, X, uv, P, ok, offset, damping))
+            r, J, d = look(X)
+    found[rows] = X
+    return found.view(shape).masked_fill(lost, math.nan)
 
 
 def opt_center(joints: Tensor, uv: Tensor, P: Tensor, ok: Tensor,

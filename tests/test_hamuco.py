@@ -852,6 +852,28 @@ def test_ransac_and_refinement_follow_their_text(g):
     assert mm(refine(every[0], by_joint, all_P, every[1])) < 5 < 30 < mm(triangulate(by_joint, all_P))
 
 
+def test_refinement_is_done_with_points_that_stand_still(g, monkeypatch):
+    """All 60 solves of 21 points, or those that still move: the same points, and the host asks once in ten solves."""
+    P, uv = g("tri/P")[None].expand(21, 8, 3, 4), g("tri/uv_noisy").transpose(0, 1)
+    X, inliers = ransac(uv, P, torch.ones(21, 8, dtype=torch.bool))
+    X[5], solve = math.nan, torch.linalg.solve_ex
+    whole = refine(X, uv, P, inliers, still=-1)
+    solved, asked = [], []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            asked.extend([name] * (name in ("nonzero", "_local_scalar_dense", "masked_select", "equal")))
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(torch.linalg, "solve_ex", lambda A, b: (solved.append(len(A)), solve(A, b))[1])
+    with Watch():
+        found = refine(X, uv, P, inliers)
+    assert found[5].isnan().all() and float((found - whole).norm(dim=-1).nan_to_num().max()) < 1e-6
+    assert solved[:10] == [21] * 10 and solved == sorted(solved, reverse=True) and sum(solved) < 0.6 * 21 * 60
+    assert asked == ["nonzero"] * 6
+
+
 def test_a_moment_with_one_view_is_scored_like_any_other():
     """Its triangulated hands are NaN; the rest of the batch, and the network's hands, are not."""
     model, batch = trained_like(), batch_of(B=3, V=3)
