@@ -405,7 +405,8 @@ def conclude(rows: dict[str, Row], asked: Asked, out: Path, all_rows: bool) -> N
         if not asked.submit:
             raise UserError(f"{asked.spec} {asked.split}: no sample has joints or key points to "
                             "score against")
-        draw_rows(out / "samples.png", rows, some_of(len(first.errors), 6), [""] * 6)
+        draw_rows(out / "samples.png", rows, some_of(len(first.errors), 6), [""] * 6,
+                  "Six samples, evenly spread.")
         say(f"wrote {out}/samples.png")
         return
     texts += judged(rows, asked, out)
@@ -511,27 +512,30 @@ def pictures_of(rows: dict[str, Row], out: Path, all_rows: bool) -> None:
     *_, (name, last) = ((name, row) for name, row in rows.items() if row.net)
     picked, kinds = best_median_worst(last.errors)
     what = "MPJPE" if last.unit == "mm" else "2D"
-    draw_rows(out / "predictions.png", {name: last}, picked, [f"{kind} {what}" for kind in kinds])
+    draw_rows(out / "predictions.png", {name: last}, picked, [f"{kind} {what}" for kind in kinds],
+              f"The samples that {name} does best, in the middle and worst.")
     if all_rows:
-        errors = next(row.errors for row in rows.values() if row.net)
+        base, errors = next((name, row.errors) for name, row in rows.items() if row.net)
         order = errors.argsort()[:int(errors.isfinite().sum())]
         count = min(5, len(order))
         shares = [f"{k:.0%}" for k in torch.linspace(0, 1, count).tolist()]
-        draw_rows(out / "sheet.png", rows, order[some_of(len(order), count)], shares)
+        draw_rows(out / "sheet.png", rows, order[some_of(len(order), count)], shares,
+                  f"From {base}'s best sample (0%) to its worst (100%).")
 
 
 # ---- Plots ---------------------------------------------------------------------------------------
 
 
 def plot_rows(out: Path, rows: dict[str, Row]) -> None:
-    """pck.png, joints.png and visibility.png of all rows in a folder."""
+    """pck.png, joints.png and visibility.png of all rows in a folder; in mm without the wrist."""
     unit = "mm" if any(row.unit == "mm" for row in rows.values()) else "px"
     shown = {name: row for name, row in rows.items() if row.plots[unit].count("joints")}
     plot_pck(out / "pck.png", shown, unit)
     names = ["wrist", *(f"{finger} {k}" for finger in FINGERS for k in range(1, 5))]
+    first = int(unit == "mm")
     with figure(out / "joints.png", 7.5) as axis:
-        bars(axis, {name: row.plots[unit].points("joints") for name, row in shown.items()})
-        axis.set_xticks(range(N_JOINTS), names, rotation=60, ha="right", fontsize=8)
+        bars(axis, {name: row.plots[unit].points("joints")[first:] for name, row in shown.items()})
+        axis.set_xticks(range(N_JOINTS - first), names[first:], rotation=60, ha="right", fontsize=8)
         title = "error by joint, base to tip" + ", wrist-rooted" * (unit == "mm")
         axis.set(ylabel=f"error, {unit}", title=title)
     plots = {name: row.plots[unit] for name, row in shown.items()}
@@ -569,7 +573,8 @@ def plot_pck(path: Path, rows: dict[str, Row], unit: str) -> None:
             low, high = torch.nanquantile(plots.draws("pck"), ends, dim=0)
             axis.fill_between(LIMITS, low, high, color=colour, alpha=0.2, lw=0)
         axis.set(xlabel=f"error, {unit}", ylabel="share of joints", xlim=(0, 50), ylim=(0, 1),
-                 title=f"PCK of {n:,} samples" + "; dashed: aligned" * (unit == "mm"))
+                 title=f"PCK of {n:,} samples" + "; the wrist is left out, dashed: aligned" * (
+                     unit == "mm"))
         axis.legend(fontsize=8)
 
 

@@ -29,6 +29,8 @@ Differs from the paper
     the text. Where the text is silent, the code decides.
  2. A is a similarity over all P points, with scale and translation also where R is known (code).
     There is no canonical M~: for every view i, A_i(M*_j) is averaged over j, j = i included (code).
+    The scale that fits a hand to one turned away from it falls with the cosine of the angle
+    between them, so where views disagree the fused hand is too small.
  3. L_c2D. Pi with the camera of view i would multiply by its scale; the code compares x and y of
     the aligned points. We do as well; `projected-c2d` is as printed.
  4. Alternation. L_c2D on even steps, L_cf on odd ones. The code counts forward passes, and those of
@@ -1252,15 +1254,18 @@ def kinds(rows: dict[str, Row], names: tuple[str, ...]) -> dict[str, Row]:
 
 def draw_moments(path: Path, rows: dict[str, Row]) -> None:
     """Two views each of the moments that fusion, or else the last row, does best to worst."""
-    *_, judged = (kinds(rows, ("fusion",)) or rows).values()
+    *_, (name, judged) = (kinds(rows, ("fusion",)) or rows).items()
     errors = judged.errors.view(len(judged.exam.data), -1)
-    moments, names = best_median_worst(errors.nanmean(1), each=1)
+    moments, found = best_median_worst(errors.nanmean(1), each=1)
     if len(moments):
         missing = errors[moments].isnan().int()
         views = missing.argsort(dim=1, stable=True)[:, :2]
         picked = moments[:, None] * errors.shape[1] + views
         draw_rows(path, kinds(rows, SHEET), picked.flatten(),
-                  [name for name in names for _ in views[0]])
+                  [kind for kind in found for _ in views[0]],
+                  f"Two views each of the moments that {name} does best, in the middle and worst. "
+                  "Where views disagree, fitting one's hand to another's shrinks it (2), and so "
+                  "the fused hand.")
 
 
 @torch.no_grad()

@@ -102,6 +102,15 @@ def draw_skeleton(image: Image.Image | np.ndarray | Tensor, uv: Tensor | np.ndar
     return big.reduce(FINE)
 
 
+def seen_from(joints: Tensor | np.ndarray, turn: float) -> np.ndarray:
+    """Joints (21, 3) m, camera frame -> right, down, away (21, 3) of a viewer `turn` degrees to the
+    camera's right, wrist at 0."""
+    points = _numbers_of(joints)
+    c = math.cos(math.radians(turn))
+    s = math.sin(math.radians(turn))
+    return (points - points[0]) @ np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]]).T
+
+
 def draw_side(joints: Tensor | np.ndarray, size: int = 256, true: Tensor | np.ndarray | None = None,
               turn: float = 90.0, reach: float | None = None) -> Image.Image:
     """The 3D skeleton (21, 3) m, camera frame, on white, seen from the camera's side.
@@ -109,23 +118,20 @@ def draw_side(joints: Tensor | np.ndarray, size: int = 256, true: Tensor | np.nd
     The viewer walks `turn` degrees to the right around the hand's middle; parallel projection.
     `true` (21, 3) is drawn under it in grey, wrist on wrist. `reach`: m from middle to edge (fits).
     """
-    sets = [_numbers_of(joints)] if true is None else [_numbers_of(true), _numbers_of(joints)]
-    sets = [points - points[0] for points in sets]
-    middle = (np.nanmin(sets[0], 0) + np.nanmax(sets[0], 0)) / 2
-    c = math.cos(math.radians(turn))
-    s = math.sin(math.radians(turn))
-    look = np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])             # rows: right, down, away
-    sets = [(points - middle) @ look.T for points in sets]
-    reach = reach or 1.12 * max(np.nanmax(np.abs(points[:, :2])) for points in sets)
+    sets = [seen_from(points, turn) for points in ((joints,) if true is None else (true, joints))]
+    low, high = (edge(np.concatenate(sets)[:, :2], 0) for edge in (np.nanmin, np.nanmax))
+    middle = np.append((low + high) / 2, 0)
+    sets = [points - middle for points in sets]
+    reach = reach or 1.12 * float(max(high - low)) / 2
     big = Image.new("RGB", (FINE * size, FINE * size), "white")
     draw = ImageDraw.Draw(big)
     px_a_metre = FINE * size / 2 / max(reach, 1e-6)
     bar = max(m for m in (0.01, 0.02, 0.05, 0.1, 1.0) if m <= max(reach * 0.8, 0.01))
-    low = FINE * size * 0.955
+    base = FINE * size * 0.955
     left = FINE * size * 0.04
-    draw.line((left, low, left + bar * px_a_metre, low), "#888888", FINE * max(1, size // 150))
+    draw.line((left, base, left + bar * px_a_metre, base), "#888888", FINE * max(1, size // 150))
     font = FINE * max(10, size / 20)
-    _text(draw, (left, low - FINE * 4), f"{bar * 100:g} cm", font, "lb", "#666666")
+    _text(draw, (left, base - FINE * 4), f"{bar * 100:g} cm", font, "lb", "#666666")
     for points, colour in zip(sets, ("#b5b5b5", None) if true is not None else (None,)):
         xy = points[:, :2] * px_a_metre + FINE * size / 2
         ok = np.isfinite(points).all(1)
@@ -172,6 +178,13 @@ def label(image: Image.Image | np.ndarray | Tensor, text: str,
     return out
 
 
+def words(text: str, size: int) -> Image.Image:
+    """A white square of `size` px with a few words in its middle, where nothing can be drawn."""
+    out = Image.new("RGB", (size, size), "white")
+    _text(ImageDraw.Draw(out), (size / 2, size / 2), text, max(11, size / 11), fill="#777777")
+    return out
+
+
 def save_png(path: str | Path, image: Image.Image) -> None:
     """Write a PNG as it is, in all its colours, into a folder that is made if need be."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -180,10 +193,12 @@ def save_png(path: str | Path, image: Image.Image) -> None:
 
 
 def sheet(path: str | Path, rows: list[list], titles: Sequence[str] = (),
-          labels: Sequence[str] = (), width: int = 900) -> Image.Image:
+          labels: Sequence[str] = (), width: int = 900, note: str = "",
+          bones: bool = False) -> Image.Image:
     """Write a grid of pictures as a PNG `width` px wide, titles over columns, labels beside rows.
 
-    Every picture is scaled to its column; a cell may be None. Returns what was written.
+    Every picture is scaled to its column; a cell may be None. Below stand the fingers' colours, if
+    the sheet shows `bones`, and a `note` on what is seen. Returns what was written.
     """
     gap = 6
     font = 15
@@ -193,7 +208,10 @@ def sheet(path: str | Path, rows: list[list], titles: Sequence[str] = (),
     cell = (width - left - gap * columns) // columns
     rows = [[None if image is None else picture(image, cell) for image in row] for row in rows]
     heights = [max((image.height for image in row if image), default=0) for row in rows]
-    out = Image.new("RGB", (width, top + sum(heights) + gap * len(rows)), "white")
+    below = _legend(width - 2 * gap, note, bones)
+    high = top + sum(heights) + gap * len(rows)
+    out = Image.new("RGB", (width, high + below.height), "white")
+    out.paste(below, (gap, high))
     draw = ImageDraw.Draw(out)
     y = top
     for i, title in enumerate(titles):
@@ -206,10 +224,36 @@ def sheet(path: str | Path, rows: list[list], titles: Sequence[str] = (),
                 out.paste(image, (left + j * (cell + gap), y))
         if i < len(labels):
             strip = Image.new("RGB", (height, left - gap), "white")
-            _text(ImageDraw.Draw(strip), (height / 2, strip.height / 2), labels[i], font)
+            long = draw.textlength(labels[i], ImageFont.load_default(font))
+            fit = font * min(1, height / max(long, 1))
+            _text(ImageDraw.Draw(strip), (height / 2, strip.height / 2), labels[i], fit)
             out.paste(strip.rotate(90, expand=True), (gap // 2, y))
         y += height + gap
     save_png(path, out)
+    return out
+
+
+def _legend(width: int, note: str, bones: bool) -> Image.Image:
+    """The fingers' names beside their colours, if `bones`, and a note, wrapped to `width` px."""
+    size, line = 14, 20
+    font = ImageFont.load_default(size)
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    texts: list[str] = []
+    for word in note.split():
+        longer = f"{texts[-1]} {word}" if texts else word
+        if texts and ruler.textlength(longer, font) <= width:
+            texts[-1] = longer
+        else:
+            texts.append(word)
+    out = Image.new("RGB", (width, line * (bones + len(texts))), "white")
+    draw = ImageDraw.Draw(out)
+    if bones:
+        step = min(100.0, width / len(FINGERS))
+        for k, (finger, colour) in enumerate(zip(FINGERS, FINGER_COLOURS)):
+            draw.ellipse((k * step, line / 2 - 5, k * step + 10, line / 2 + 5), colour, EDGE)
+            _text(draw, (k * step + 14, line / 2), finger, size, "lm")
+    for k, text in enumerate(texts, bones):
+        _text(draw, (0, line * (k + 0.5)), text, size, "lm")
     return out
 
 

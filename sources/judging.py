@@ -129,6 +129,8 @@ def values_of(f: dict, exam: Exam) -> dict[str, dict[str, Tensor]]:
     out |= {name: scores(f, exam.hand) for name, scores in exam.protocols.items()}
     error = 1000 * mpjpe(f["joints"], f["true"], f["ok"])
     aligned = 1000 * pa_mpjpe(f["joints"], f["true"], f["ok"])
+    for one in (error, aligned):                     # wrist on wrist its error is 0 by definition
+        one[:, ROOT] = math.nan
     out["mm"] = errors_by_joint(error, aligned, f["visible"])
     flat = epe(f["uv"], f["uv_true"], f["uv_true"].isfinite().all(-1))
     return out | {"px": errors_by_joint(flat, flat, f["visible"])}

@@ -4,19 +4,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 # common before torch: it settles how threads wait
 from common import place, view_intrinsics
-from hand.drawing import draw_mesh, draw_side, draw_skeleton, label, picture, sheet
+from hand.drawing import (
+    draw_mesh, draw_side, draw_skeleton, label, picture, seen_from, sheet, words)
 from sources import batches
 from sources.judging import Row
 from sources.predictors import as_pictures
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 CELL = 150                                                # px of a drawing in a sheet
+SIDES = (60.0, -60.0)                                     # degrees to the right, of 3D drawings
+WILD = 1.25                                               # so much wider than true hands is cut off
 
 
 def best_median_worst(errors: Tensor, each: int = 2) -> tuple[Tensor, list[str]]:
@@ -28,36 +33,99 @@ def best_median_worst(errors: Tensor, each: int = 2) -> tuple[Tensor, list[str]]
     return picked, names[:len(picked)]
 
 
+class Answered(NamedTuple):
+    """What a row says of the pictures of a sheet, one a line."""
+
+    row: Row
+    batch: dict
+    pred: dict
+    errors: list[float]          # mm or px, see `Row.errors`
+
+    def joints(self, i: int) -> Tensor:
+        """The predicted joints of picture i, wrist at 0; NaN without 3D."""
+        if "joints" not in self.pred:
+            return torch.full_like(self.batch["joints"][i], math.nan)
+        return self.pred["joints"][i] - self.pred["joints"][i, :1]
+
+    def truth(self, i: int) -> Tensor:
+        """The true joints of picture i that are known, wrist at 0; NaN for the others."""
+        known = self.batch["joints"][i].masked_fill(~self.batch["joints_ok"][i][:, None], math.nan)
+        return known - known[:1]
+
+
 @torch.no_grad()
-def draw_rows(path: Path, rows: dict[str, Row], picked: Tensor, names: Sequence[str]) -> None:
+def draw_rows(path: Path, rows: dict[str, Row], picked: Tensor, names: Sequence[str],
+              about: str = "") -> None:
     """The samples `picked` (n,) for the truth and every row: skeleton, mesh or picture, two sides.
 
     The truth is grey beside predictions, the error in mm (px where nothing is known in 3D) in the
-    corner. Rows that were judged on fewer samples, and the mean pose, are left out.
+    corner; all 3D drawings of a sheet have one scale. `about` says below what its lines are. Rows
+    that were judged on fewer samples, and the mean pose, are left out.
     """
-    shown = {name: row for name, row in rows.items()
-             if row.predict and len(row.errors) > int(picked.max())}
-    cells: list[list[Image.Image]] = [[] for _ in picked]
+    found = answered({name: row for name, row in rows.items()
+                      if row.predict and len(row.errors) > int(picked.max())}, picked)
+    first = next(iter(found.values()))
+    reach = common_reach(list(found.values()), len(picked))
+    wide = len(found) == 1
+    cells = [[truth_block(first, i, reach, wide),
+              *(answer_block(one, i, reach, wide) for one in found.values())]
+             for i in range(len(picked))]
+    known = bool(first.batch["uv"].isfinite().any() or first.batch["joints_ok"].any())
+    titles = ["truth" if known else "picture", *found]
+    sheet(path, cells, titles, names, 1240 if wide else min(1500, 30 + 306 * len(titles)),
+          f"{about} {legend(list(found.values()), known)}", bones=True)
+
+
+def answered(rows: dict[str, Row], picked: Tensor) -> dict[str, Answered]:
+    """What every row says of the samples `picked` (n,); a predictor with several is asked once."""
     answers: dict[int, tuple[dict, dict]] = {}
-    wide = len(shown) == 1
-    for row in shown.values():
+    found = {}
+    for name, row in rows.items():
         V = len(row.errors) // len(row.exam.data)
-        if id(row.predict) not in answers:                # one predictor may have several rows
+        if id(row.predict) not in answers:
             moments = next(batches(row.exam.data, [picked // V], row.exam.device, 0))
             answers[id(row.predict)] = as_pictures(moments), row.predict(moments)
         batch, every = answers[id(row.predict)]
         at = torch.arange(len(picked)) * V + picked % V
-        batch, pred = (taken(one, at) for one in (batch, every[row.output]))
-        for i, line in enumerate(cells):
-            line += [] if line else [truth_block(batch, i, wide)]
-            line.append(answer_block(batch, pred, row, float(row.errors[picked[i]]), i, wide))
-    titles = ["truth", *shown]
-    sheet(path, cells, titles, names, 1000 if wide else min(1500, 30 + 306 * len(titles)))
+        found[name] = Answered(row, taken(batch, at), taken(every[row.output], at),
+                               row.errors[picked].tolist())
+    return found
 
 
 def taken(numbers: dict, at: Tensor) -> dict:
     """Tensors at the pictures `at` (n,); the rest as it is."""
     return {key: x[at.to(x.device)] if isinstance(x, Tensor) else x for key, x in numbers.items()}
+
+
+def common_reach(found: list[Answered], n: int) -> float:
+    """m from the middle of each 3D drawing to its edge: all hands fit, but for a few wild ones."""
+    true = max(extent(one.truth(i)) for one in found for i in range(n))
+    both = max(extent(one.truth(i), one.joints(i)) for one in found for i in range(n))
+    return 0.54 * (min(both, WILD * true) if true else both)
+
+
+def extent(*hands: Tensor) -> float:
+    """How wide or high (m) hands (21, 3) with one wrist are from the two sides; 0: none known."""
+    widest = 0.0
+    for turn in SIDES:
+        points = np.concatenate([seen_from(joints, turn) for joints in hands])[:, :2]
+        points = points[np.isfinite(points).all(1)]
+        widest = max(widest, float(np.ptp(points, 0).max()) if len(points) else 0.0)
+    return widest
+
+
+def legend(found: list[Answered], known: bool) -> str:
+    """What a reader must know of the cells, as sentences."""
+    meshes = ["verts" in one.pred for one in found]
+    flat = any("joints" not in one.pred for one in found)
+    beside = ("Beside the bones: the mesh." if all(meshes) else
+              "Beside the bones: the mesh, or the bones in 3D from the front." if any(meshes) else
+              "Beside the bones: the bones in 3D from the front.")
+    errors = ("In the corner: the error, in mm with the wrists together" +
+              ", or in px of the picture that the network gets" * flat + ".") * known
+    grey = " The truth is grey behind a prediction; joints that are hidden are hollow." * known
+    return (f"{beside} On white: in 3D from 60 degrees to the right and to the left, all to one "
+            f"scale (the bar).{grey} {errors}")
 
 
 def block(pictures: list[Image.Image], text: str, wide: bool) -> Image.Image:
@@ -71,43 +139,40 @@ def block(pictures: list[Image.Image], text: str, wide: bool) -> Image.Image:
     return out
 
 
-def sides(joints: Tensor, true: Tensor | None = None) -> list[Image.Image]:
-    """A hand from 60 degrees to the right and to the left."""
+def sides(joints: Tensor, true: Tensor | None, reach: float, turns: Sequence[float],
+          missing: str) -> list[Image.Image]:
+    """A hand from some sides, degrees to the right; where nothing is known in 3D, it says so."""
     if not joints.isfinite().all(-1).any():
-        return [Image.new("RGB", (CELL, CELL), "white")] * 2
+        return [words(missing, CELL)] * len(turns)
     if true is not None and not true.isfinite().all(-1).any():
         true = None
-    shown = joints if true is None else true              # draw_side centres on it
-    ends = (shown - shown[0]).nan_to_num(0).aminmax(dim=0)
-    middle = (ends.min + ends.max) / 2
-    far = [(x - x[0] - middle).norm(dim=-1).nan_to_num(0).max() for x in (shown, joints)]
-    return [draw_side(joints, CELL, true, turn, 1.05 * float(max(far))) for turn in (60.0, -60.0)]
+    return [draw_side(joints, CELL, true, turn, reach) for turn in turns]
 
 
-def true_joints(batch: dict, i: int) -> Tensor:
-    """The joints that are known of one picture, NaN for the others."""
-    return batch["joints"][i].masked_fill(~batch["joints_ok"][i][:, None], math.nan)
-
-
-def truth_block(batch: dict, i: int, wide: bool) -> Image.Image:
+def truth_block(one: Answered, i: int, reach: float, wide: bool) -> Image.Image:
     """The true skeleton, the picture as it is, and the truth from two sides."""
-    image = batch["image"][i]
-    drawn = draw_skeleton(image, batch["uv"][i], visible=batch["visible"][i], width=CELL)
-    return block([drawn, picture(image), *sides(true_joints(batch, i))], "", wide)
+    image = one.batch["image"][i]
+    drawn = draw_skeleton(image, one.batch["uv"][i], visible=one.batch["visible"][i], width=CELL)
+    return block([drawn, picture(image), *sides(one.truth(i), None, reach, SIDES,
+                                                "no truth in 3D")], "", wide)
 
 
-def answer_block(batch: dict, pred: dict, row: Row, error: float, i: int, wide: bool
-                 ) -> Image.Image:
+def answer_block(one: Answered, i: int, reach: float, wide: bool) -> Image.Image:
     """A prediction over its own picture, its mesh, if any, and two sides with the truth in grey."""
+    batch, pred = one.batch, one.pred
     image = batch["image"][i]
+    turns = SIDES
     top = [draw_skeleton(image, pred["uv"][i], width=CELL)]
     if "verts" in pred and pred["verts"][i].isfinite().all():
         K = view_intrinsics(batch)[i]
         moved = place(pred["joints"][i:i + 1], pred["uv"][i:i + 1], K[None])
-        top.append(draw_mesh(image, pred["verts"][i] + moved, row.exam.hand.faces, K, width=CELL))
+        mesh = pred["verts"][i] + moved
+        top.append(draw_mesh(image, mesh, one.row.exam.hand.faces, K, width=CELL))
+    elif "joints" in pred:
+        turns = (0.0, *turns)
     else:
         top.append(picture(image))
     unit = "mm" if batch["joints_ok"][i].any() and "joints" in pred else "px"
-    text = f"{error:.1f} {unit}" if math.isfinite(error) else "no truth"
-    joints = pred.get("joints", torch.full_like(batch["joints"], math.nan))[i]
-    return block([*top, *sides(joints, true_joints(batch, i))], text, wide)
+    text = f"{one.errors[i]:.1f} {unit}" if math.isfinite(one.errors[i]) else ""
+    missing = "no hand here" if "joints" in pred else "2D alone"
+    return block([*top, *sides(one.joints(i), one.truth(i), reach, turns, missing)], text, wide)

@@ -206,7 +206,8 @@ def _draw(out: Path, rows: dict[str, Row], trained: dict[str, Path]) -> None:
     *_, last = rows.values()
     picked, kinds = best_median_worst(last.errors)
     if len(picked):
-        draw_rows(out / "predictions.png", rows, picked, kinds)
+        draw_rows(out / "predictions.png", rows, picked, kinds,
+                  f"The test samples that {list(rows)[-1]} does best, in the middle and worst.")
     else:
         say(f"{out}/predictions.png: no sample has a score, so no sheet was drawn")
     say(f"wrote {', '.join(sorted(str(file) for file in out.glob('[!.]*.*')))}")

@@ -3,6 +3,8 @@ test's name."""
 
 JUDGING, RUNS, EVAL, MORE = "sources/test_judging.py", "test_eval_runs.py", "test_eval.py", "test_eval_protocols.py"
 
+SHEETS = "sources/test_sheets.py"
+
 FAULTS = [
     # protocols
     ("sources/freihand.py", "first = torch.searchsorted(limits, error, right=True)",
@@ -97,6 +99,13 @@ FAULTS = [
     ("sources/__init__.py", "or part in known.scored_on_val)", "or not name)", RUNS, "split_that_closes"),
     ("sources/sheets.py", "order = errors.argsort()[:int(errors.isfinite().sum())]", "order = errors.argsort()", JUDGING,
      "best_median"),
+    ("sources/sheets.py", "return 0.54 * (min(both, WILD * true) if true else both)", "return 0.54 * both", SHEETS, "one_scale"),
+    ("sources/sheets.py", "both = max(extent(one.truth(i), one.joints(i)) for", "both = max(extent(one.truth(i)) for", SHEETS, "one_scale"),
+    ("sources/sheets.py", "turns = (0.0, *turns)", "top.append(picture(image))", SHEETS, "without_a_mesh"),
+    ("sources/sheets.py", 'titles = ["truth" if known else "picture", *found]', 'titles = ["truth", *found]', SHEETS, "called_truth"),
+    ("sources/sheets.py", 'if "joints" in pred else "2D alone"', 'if "joints" in pred else ""', SHEETS, "2d_alone"),
+    ("sources/judging.py", "one[:, ROOT] = math.nan", "pass", JUDGING, "millimetres"),
+    ("hand/drawing.py", "out.paste(below, (gap, high))", "pass", "hand/test_drawing.py", "says_below"),
     # cameras
     ("sources/views.py", "return {key: x[:, self.cameras] if", "return {key: x[:, :len(self.cameras)] if", RUNS,
      "rendered_moments"),

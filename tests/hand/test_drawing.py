@@ -159,6 +159,17 @@ def test_sheet_is_a_grid_of_the_wanted_width(tmp_path):
     assert sheet(tmp_path / "plain.png", [[red]]).width == 900
 
 
+def test_a_sheet_says_below_what_its_colours_are_and_what_is_seen(tmp_path):
+    grey = np.full((50, 50, 3), 200, np.uint8)
+    bare = sheet(tmp_path / "a.png", [[grey]], width=400)
+    noted = np.asarray(sheet(tmp_path / "b.png", [[grey]], width=400, note="some words " * 12, bones=True))
+    below = noted[bare.height:]
+    assert below.shape[0] == 20 * (1 + 3) and (noted[:bare.height] == np.asarray(bare)).all()      # fingers, three lines
+    assert all(near(below[:20], colour).any() for colour in FINGER_COLOURS)
+    assert [(below[20 * k:20 * k + 20] < 100).any() for k in (1, 2, 3)] == [True] * 3
+    assert (below[:, 394:] == 255).all()                                                      # and they keep inside
+
+
 def test_a_picture_is_written_in_all_its_colours(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (330, 330, 3), dtype=np.uint8)
     save_png(tmp_path / "new" / "a.png", Image.fromarray(noise))
