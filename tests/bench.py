@@ -17,7 +17,8 @@
     start     processor seconds of --help of the five commands against importing torch and torchvision alone
 
     profile [SCRIPT[:STAGE] ...]    where a step's time goes, at quick and paper sizes; --device cuda --precision bf16 --compile
-    memory [SCRIPT[:STAGE] ...]     bytes of a step at the paper's sizes, counted, and the micro-batch that fits 8 to 80 GB
+    memory [SCRIPT[:STAGE] ...]     bytes of a step at the paper's sizes, counted, and the micro-batch that fits 8 to 80 GB; --check: measured, too
+    compile [SCRIPT[:STAGE] ...]    --compile of tiny steps on this CPU: losses and gradients against eager ones, and the pace (a minute each)
     hours [SCRIPT[:STAGE] ...]      a paper's whole recipe on an A100 and an H100, extrapolated from counted FLOPs
 
 Run by hand on a quiet machine: two threads that share a core with another program say nothing.
@@ -50,7 +51,7 @@ from sources.protocols import PROTOCOLS
 from sources.reading import read_items
 from sources.squares import keep_squares
 from sources.synthetic import Cached, Synthetic
-from benches.asking import bench_launches, bench_precision
+from benches.asking import bench_compile, bench_launches, bench_precision
 from benches.profiling import bench_profile
 from benches.starting import bench_rss, bench_start
 from benches.tables import bench_hours, bench_memory
@@ -423,7 +424,7 @@ def bench_feed() -> None:
 BENCHES = {"feed": bench_feed, "launches": bench_launches, "precision": bench_precision, "mano": bench_mano,
            "render": bench_render, "score": bench_score, "ti_net": bench_ti_net, "hamuco": bench_hamuco,
            "handmim": bench_handmim, "peclr": bench_peclr, "rss": bench_rss, "start": bench_start}
-COMMANDS = {"memory": bench_memory, "hours": bench_hours, "profile": bench_profile}      # these take words of their own
+COMMANDS = {"memory": bench_memory, "hours": bench_hours, "profile": bench_profile, "compile": bench_compile}    # these take words of their own
 
 
 def main() -> None:

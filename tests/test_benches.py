@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benches.counting import apart
 from benches.measuring import peak_of
 from benches.stages import STAGES, batch_of, chosen
 from common import UserError
@@ -66,6 +67,15 @@ def test_every_view_of_a_moment_is_counted(counted):
     """ResNet-18 at 64 px: 1.81 GMAC at 224 px, the same a pixel, in each of 8 views; the rest of HaMuCo is small beside."""
     encoders = 3 * 2 * 1.81e9 * (64 / 224) ** 2 * 8
     assert encoders < counted[2] / 2 < 2 * encoders
+
+
+def test_what_is_counted_apart_comes_back_or_fails_aloud():
+    parent = os.getpid()
+    assert apart(lambda: (os.getpid() != parent, torch.get_num_threads())) == (True, 1)
+    with pytest.raises(RuntimeError, match="division by zero"):
+        apart(lambda: 1 / 0)
+    with pytest.raises(RuntimeError, match="ended without a word"):
+        apart(lambda: os._exit(9))
 
 
 def test_stages_are_chosen_by_script_or_by_name():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -84,17 +85,22 @@ def apart(call: Callable[[], Any]) -> Any:
     read, write = os.pipe()
     child = os.fork()
     if not child:
+        # A fork leaves a broken pool of threads, which the first that asks mends: not autograd's threads, all at once.
+        torch.set_num_threads(1)
+        os.close(read)
         with contextlib.suppress(BaseException), os.fdopen(write, "wb") as pipe:
             try:
                 pickle.dump((call(), ""), pipe)
             except Exception as error:
-                import traceback
                 pickle.dump((None, f"{error}\n{traceback.format_exc()}"), pipe)
         os._exit(0)
     os.close(write)
     with os.fdopen(read, "rb") as pipe:
-        found, error = pickle.load(pipe)
+        told = pipe.read()
     os.waitpid(child, 0)
+    if not told:
+        raise RuntimeError("the process that counted ended without a word; was its memory refused?")
+    found, error = pickle.loads(told)
     if error:
         raise RuntimeError(error)
     return found

@@ -4,8 +4,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from benches.counting import apart, bytes_of, flops_of
-from benches.stages import Stage, chosen
+from benches.counting import apart, bytes_of, flops_of, precision
+from benches.measuring import peak_of
+from benches.stages import Stage, batch_of, chosen
+
+import torch
 
 GIB = 2 ** 30
 CARDS = (8, 12, 24, 80)         # GiB of memory
@@ -43,11 +46,29 @@ def memory_row(stage: Stage, half: bool, recompute: bool) -> list[Any]:
             *(largest(cfg, fixed, each, (card - OVERHEAD) * GIB) for card in CARDS)]
 
 
+def checked_row(stage: Stage, half: bool, recompute: bool) -> list[Any]:
+    """GiB that a step of few samples takes beside weights, gradients and optimiser: counted, and given out by the CPU's allocator."""
+    cfg = stage.config(recompute=recompute)
+    few = 1 if "views" in vars(cfg) else 2
+    count = apart(lambda: bytes_of(stage, cfg, few, half))
+
+    def measure() -> int:
+        with precision(stage, half):
+            model, batch = stage.build(cfg), batch_of(stage, cfg, few)
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            return peak_of(lambda: stage.step(model, model, [batch], cfg))
+
+    counted, measured = count.peak - count.network - count.gradients - count.optimizer - count.inputs, apart(measure)
+    return [stage.name, "on" if recompute else "off", few, f"{counted / GIB:.2f}", f"{measured / GIB:.2f}", f"{measured / counted:.2f}"]
+
+
 def bench_memory(words: list[str]) -> None:
-    """memory [SCRIPT[:STAGE] ...] [--precision bf16|fp32]: what a step takes at the paper's sizes, and what fits."""
+    """memory [SCRIPT[:STAGE] ...] [--precision bf16|fp32] [--check]: what a step takes at the paper's sizes, and what fits."""
     parser = argparse.ArgumentParser(prog="bench.py memory")
     parser.add_argument("stages", nargs="*")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--check", action="store_true", help="also run a step of few samples of each on this CPU")
     asked = parser.parse_args(words)
     print(f"One process, {asked.precision}, counted; GiB. Of a card {OVERHEAD} GiB are left to CUDA.")
     print(line(["stage", "--recompute", "micro-batch", "weights, gradients, optimiser", "samples of a step",
@@ -56,6 +77,12 @@ def bench_memory(words: list[str]) -> None:
     for stage in chosen(asked.stages):
         for recompute in (False, True):
             print(line(memory_row(stage, asked.precision == "bf16", recompute)), flush=True)
+    if asked.check:
+        print(line(["stage", "--recompute", "samples", "counted, GiB", "measured, GiB", "ratio"]))
+        print(line(["---"] * 6))
+    for stage in chosen(asked.stages) if asked.check else []:
+        for recompute in (False, True):
+            print(line(checked_row(stage, asked.precision == "bf16", recompute)), flush=True)
 
 
 def bench_hours(words: list[str]) -> None:
