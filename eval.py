@@ -89,8 +89,8 @@ from sources.reading import to_device
 from sources.sheets import best_median_worst, draw_rows
 from sources.recipes import key_of, recipe, stored_config
 from sources.tables import (
-    about_table, differences, gain, markdown, px_compare, score_table, seed_table, write_csv,
-    write_results)
+    about_table, differences, for_screen, gain, markdown, px_compare, score_table, seed_table,
+    write_csv, write_results)
 import hamuco
 import handmim
 import peclr
@@ -410,7 +410,7 @@ def conclude(rows: dict[str, Row], asked: Asked, out: Path, all_rows: bool) -> N
         say(f"wrote {out}/samples.png")
         return
     texts += judged(rows, asked, out)
-    say("\n" + "\n\n".join(texts))
+    say("\n" + for_screen("\n\n".join(texts), f"{out}/table.md"))
     (out / "table.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     write_csv(out / "table.csv", rows)
     pictures_of(rows, out, all_rows)
@@ -930,15 +930,21 @@ def inspect(args: argparse.Namespace, flags: Flags, device: torch.device) -> Non
                          batch["shape"].nan_to_num())
     K = view_intrinsics(batch)
     posed = verts + place(joints, batch["uv"], K)[:, None]
+    points = torch.where(batch["uv"].isnan(), batch["uv_label"], batch["uv"])
     pictures = []
     for i in range(len(index)):
-        drawn = draw_skeleton(batch["image"][i], batch["uv"][i], visible=batch["visible"][i])
+        drawn = draw_skeleton(batch["image"][i], points[i], visible=batch["visible"][i])
         pictures.append(label(drawn, f"{int(index[i])} {batch['side'][i]}"))
         if batch["has"]["pose"][i] and batch["has"]["uv"][i]:
             pictures.append(draw_mesh(batch["image"][i], posed[i], hand.faces, K[i]))
     out = Path(args.out or f"runs/inspect-{data_name(args.data)}")
-    sheet(out / "inspect.png", [pictures[k:k + 8] for k in range(0, len(pictures), 8)])
+    sheet(out / "inspect.png", [pictures[k:k + 8] for k in range(0, len(pictures), 8)],
+          width=8 * 206 + 6, bones=True, note="Samples spread over the data set, each with its "
+          "number, side and key points, true ones or else 2D labels (hidden ones hollow); beside "
+          "it, where a pose is known, the mesh that it means. Squares of 1.5 times the hand's box; "
+          "left hands are mirrored.")
     has = {key: int(value.sum()) for key, value in batch["has"].items()}
+    has["2D labels"] = int(batch["uv_label"].isfinite().flatten(1).any(1).sum())
     say(f"{len(data):,} samples in {args.data} {split}; of the {len(index)} drawn: "
         + ", ".join(f"{count} have {key}" for key, count in has.items()))
     say(f"wrote {out}/inspect.png; left hands are shown as the right hands they become")

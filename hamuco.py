@@ -90,7 +90,7 @@ from sources.sheets import best_median_worst, draw_rows
 from sources.recipes import stored_config
 from sources.runs import open_out, recall, remember
 from sources.stages import mean_hand
-from sources.tables import table, write_results
+from sources.tables import for_screen, table, write_results
 
 import torch
 import torch.nn.functional as F
@@ -1107,8 +1107,8 @@ def fit(cfg: Config, out: Path, row: str, device: torch.device) -> None:
 
 # ---- Report --------------------------------------------------------------------------------------
 
-COLUMNS = ("mpjpe_mm", "n_mpjpe_mm", "pa_mpjpe_mm", "abs_mpjpe_mm", "mpvpe_mm", "pa_mpvpe_mm",
-           "auc", "f_5", "f_15", "epe_2d_px_crop", "label_px_crop", "bone_spread_percent")
+COLUMNS = ("mpjpe_mm", "n_mpjpe_mm", "pa_mpjpe_mm", "epe_2d_px_crop", "abs_mpjpe_mm", "mpvpe_mm",
+           "pa_mpvpe_mm", "auc", "f_5", "f_15", "label_px_crop", "bone_spread_percent")
 SHEET = ("labels", "single_view", "single", "interaction", "fusion")      # the first four: Fig. 4
 
 
@@ -1220,7 +1220,7 @@ def conclude(cfg: Config, out: Path, rows: dict[str, Row], learnt: dict[str, Row
     n, most = last.tallies[protocol].count(key), max(counts.values())
     size = sum(p.numel() for p in model.parameters()) / 1e6
     test = last.exam.data
-    say("\n" + table(means, COLUMNS))
+    say("\n" + for_screen(table(means, COLUMNS), "metrics.json"))
     if few := [f"{row} {count:,}" for row, count in counts.items() if 0 < count < most]:
         say(f"of {most:,} pictures these rows have fewer, for no hand could be made: "
             f"{', '.join(few)}")
@@ -1277,7 +1277,10 @@ def draw_views(folder: Path, data: Any, cfg: Config, device: torch.device) -> No
     uv = to_px(torch.where(true.c[..., None] > 0, true.uv, math.nan), cfg.image_size)
     rows = [[draw_skeleton(denormalise(picture), points, width=200)
              for picture, points in zip(*both)] for both in zip(pictures, uv)]
-    sheet(folder / "views.png", rows, [f"view {v}" for v in range(pictures.shape[1])])
+    sheet(folder / "views.png", rows, [f"view {v}" for v in range(pictures.shape[1])], bones=True,
+          note="Four training moments, a camera a column, each picture moved on its own; the bones "
+          "are the labels that are learnt from" + ", a detector's, errors included." * (
+              cfg.supervision == "labels2d") + "." * (cfg.supervision != "labels2d"))
 
 
 # ---- CLI -----------------------------------------------------------------------------------------

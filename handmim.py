@@ -662,10 +662,10 @@ def collapse_monitors(teacher: Tensor, centre: Tensor, tau: float) -> dict[str, 
 # ---- Fine-tuned network (Sec. 2.5) --------------------------------------------------------------
 
 
-def plain_crop(side: int, S: int, device: torch.device) -> Tensor:
-    """Stored px -> the middle 1.2 x box of it, S px wide: (1, 3, 3)."""
+def plain_crop(side: int, S: int, device: torch.device, margin: float = MARGIN) -> Tensor:
+    """Stored px -> the middle 1.2 x box of a square of `margin` x box, S px wide: (1, 3, 3)."""
     middle = torch.full((1, 2), (side - 1) / 2, device=device)
-    return crop(middle, torch.full((1,), side * CROP / MARGIN, device=device), S)
+    return crop(middle, torch.full((1,), side * CROP / margin, device=device), S)
 
 
 def draw_crop(index: Tensor, side: int, cfg: Config, epoch: int) -> tuple[Tensor, Tensor]:
@@ -1190,15 +1190,18 @@ def some(data: Source, n: int, device: torch.device) -> dict:
 @torch.no_grad()
 def draw_pretraining(folder: Path, data: Source, cfg: Config, device: torch.device,
                      grid: int) -> None:
-    """views.png: two views of six samples with key points, and what the student sees of them."""
+    """views.png: six samples as stored, two views with key points, and what the student sees."""
     batch = some(data, 6, device)
     views, view, masks = make_views(batch, cfg, 0, grid)
     uv = transform(view.A, batch["uv"][:, None])
     rows = [[draw_skeleton(denormalise(x), points) for x, points in zip(views[:, k], uv[:, k])]
             for k in (0, 1)]
     hidden = [list(hide(denormalise(views[:, k]), masks[:, k])) for k in (0, 1)]
-    sheet(folder / "views.png", [rows[0], hidden[0], rows[1], hidden[1]],
-          labels=("view 1", "student sees", "view 2", "student sees"))
+    sheet(folder / "views.png", [list(batch["image"]), rows[0], hidden[0], rows[1], hidden[1]],
+          labels=("stored", "view 1", "student sees", "view 2", "student sees"),
+          bones=bool(uv.isfinite().any()),
+          note="Six samples: the square that is cut out of each picture, and two views of it, key "
+          "points moved along where they are known; the student does not see the grey patches.")
 
 
 def hide(pictures: Tensor, masks: Tensor, instead: Tensor | None = None) -> Tensor:
@@ -1213,15 +1216,20 @@ def hide(pictures: Tensor, masks: Tensor, instead: Tensor | None = None) -> Tens
 @torch.no_grad()
 def draw_recovered(folder: Path, model: HandMIM, data: Source, cfg: Config,
                    device: torch.device) -> None:
-    """recovered.png: six views, what the student sees of them, with hidden patches recovered."""
+    """recovered.png: six hands, uncut and unturned, what the student sees, and what it recovers."""
     if model.decoder is None:
         return
     model.eval()
-    views, view, masks = make_views(some(data, 6, device), cfg, 0, model.student.backbone.side)
-    out = model(views, masks, view, None)
-    truth, guess = denormalise(views[:, 0]), denormalise(out.pictures[:, 0])
+    batch = some(data, 6, device)
+    _, view, masks = make_views(batch, cfg, 0, model.student.backbone.side)
+    A = plain_crop(batch["image"].shape[-1], cfg.image_size, device, VIEW_MARGIN)
+    hands = normalise(warp(batch["image"], A.expand(6, 3, 3), cfg.image_size))
+    out = model(torch.stack([hands, hands], 1), masks, view, None)
+    truth, guess = denormalise(hands), denormalise(out.pictures[:, 0])
     rows = [list(truth), list(hide(truth, masks[:, 0])), list(hide(truth, masks[:, 0], guess))]
-    sheet(folder / "recovered.png", rows, labels=("view", "student sees", "recovered"))
+    sheet(folder / "recovered.png", rows, labels=("hand", "student sees", "recovered"),
+          note="Six training hands whole, without the turns and small crops of views; the patches "
+          "that are hidden from the student, grey; and what the decoder puts there (L_recon).")
 
 
 def draw_crops(folder: Path, data: Source, cfg: Config, device: torch.device) -> None:
@@ -1229,7 +1237,8 @@ def draw_crops(folder: Path, data: Source, cfg: Config, device: torch.device) ->
     batch = some(data, 8, device)
     crops, A, _ = make_crops(batch, cfg, 0)
     drawn = [draw_skeleton(x, uv, width=160) for x, uv in zip(crops, transform(A, batch["uv"]))]
-    sheet(folder / "views.png", [drawn[:4], drawn[4:]])
+    sheet(folder / "views.png", [drawn[:4], drawn[4:]], bones=True,
+          note="Eight training crops as the network sees them, with their key points.")
 
 
 # ---- CLI ----------------------------------------------------------------------------------------

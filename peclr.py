@@ -875,24 +875,46 @@ def settle_statistics(model: HandNet, data: Source, device: torch.device) -> Non
 
 @torch.no_grad()
 def draw_views(folder: Path, data: Source, cfg: Config, device: torch.device) -> None:
-    """views.png: both views of four samples with their key points moved along; transformations.png:
-    Fig. 4, each transformation alone."""
+    """views.png: four samples as stored and both views with their key points moved along;
+    transformations.png: Fig. 4, each transformation alone."""
     batch = next(batches(data, [torch.linspace(0, len(data) - 1, 4).long()], device, 0))
     views, drawn = make_views(batch, cfg, 0)
     rows = [[draw_skeleton(denormalise(view), uv)
              for view, uv in zip(views[k], transform(g.A, batch["uv"]))]
             for k, g in enumerate(drawn)]
-    sheet(folder / "views.png", rows, labels=("view 1", "view 2"), width=800)
+    rows = [list(batch["image"]), *rows]
+    sheet(folder / "views.png", rows, labels=("stored", "view 1", "view 2"), width=800, note="Four "
+          "samples: the square that is cut out of each picture, and the two views that are "
+          "compared, key points moved along where they are known.",
+          bones=bool(batch["uv"].isfinite().any()))
     first = {key: value[:1] for key, value in batch.items() if isinstance(value, Tensor)}
     still = draw_view(first, dataclasses.replace(cfg, augment=("blur",)), 0, 0).A
     original = warp(first["image"], still, cfg.image_size)[0] / 255
+    hand = near_points(transform(still, first["uv"])[0], cfg.image_size)
     cells = [label(picture(original, 160), "original")]
     for name in GEOMETRIC + APPEARANCE:
         alone = dataclasses.replace(cfg, augment=(name,))
-        tries = denormalise(torch.cat([make_views(first, alone, k)[0][0] for k in range(8)]))
-        clearest = (tries - original).abs().mean((1, 2, 3)).argmax()    # half the draws do nothing
-        cells.append(label(picture(tries[clearest], 160), name))
-    sheet(folder / "transformations.png", [cells[:5], cells[5:]], width=800)
+        tries = torch.cat([make_views(first, alone, k)[0].flatten(0, 1) for k in range(16)])
+        change = (denormalise(tries) - original).abs().mean(1) * hand
+        clearest = change.mean((1, 2)).argmax()                         # half the draws do nothing
+        cells.append(label(picture(denormalise(tries[clearest]), 160), name))
+    sheet(folder / "transformations.png", [cells[:5], cells[5:]], width=800, note="The "
+          "transformations of Fig. 4, each alone: of 32 draws the one that changes the hand most.")
+
+
+def near_points(uv: Tensor, size: int) -> Tensor:
+    """Which pixels lie within an eighth of the side of points (n, 2) px: (size, size), 1 or 0.
+
+    Where no point is known, the middle half of the picture.
+    """
+    at = torch.arange(size, device=uv.device)
+    pixels = torch.cartesian_prod(at, at).flip(1).to(uv)                          # (size^2, 2) x, y
+    known = uv[uv.isfinite().all(-1)]
+    if not len(known):
+        inside = ((pixels - (size - 1) / 2).abs() < size / 4).all(1)
+    else:
+        inside = torch.cdist(pixels, known).amin(1) < size / 8
+    return inside.view(size, size).float()
 
 
 def draw_crops(folder: Path, data: Source, cfg: Config, device: torch.device) -> None:
@@ -901,7 +923,8 @@ def draw_crops(folder: Path, data: Source, cfg: Config, device: torch.device) ->
     crops, A = hand_view(batch["image"], cfg, 0, batch["index"])
     drawn = [draw_skeleton(denormalise(view), uv, width=160)
              for view, uv in zip(crops, transform(A, batch["uv"]))]
-    sheet(folder / "views.png", [drawn[:4], drawn[4:]])
+    sheet(folder / "views.png", [drawn[:4], drawn[4:]], bones=True,
+          note="Eight training crops as the network sees them, with their key points.")
 
 
 # ---- CLI -----------------------------------------------------------------------------------------

@@ -718,7 +718,12 @@ def draw_views(folder: Path, data: Source, cfg: Config, device: torch.device, pl
     uv = transform(A, batch["uv"][:, None])
     rows = [[draw_skeleton(denormalise(view), points) for view, points in zip(row, moved)]
             for row, moved in zip(views, uv)]
-    sheet(folder / "views.png", rows, [element_name(e) for e in plan.pictures], width=1200)
+    rows = [[stored, *row] for stored, row in zip(batch["image"], rows)]
+    sheet(folder / "views.png", rows, ["stored", *map(element_name, plan.pictures)], width=1300,
+          note="Four samples: the square that is cut out of each picture, and what is encoded of "
+          "it, key points moved along where they are known: I as it is, H flipped, R turned by the "
+          "angles a1, a2, b1, b2, their sums and differences (Table 1).",
+          bones=bool(uv.isfinite().any()))
 
 
 def draw_crops(folder: Path, data: Source, cfg: Config, device: torch.device) -> None:
@@ -727,7 +732,8 @@ def draw_crops(folder: Path, data: Source, cfg: Config, device: torch.device) ->
     crops, A = hand_view(batch["image"], cfg.image_size)
     drawn = [draw_skeleton(denormalise(view), uv, width=160)
              for view, uv in zip(crops, transform(A, batch["uv"]))]
-    sheet(folder / "views.png", [drawn[:4], drawn[4:]])
+    sheet(folder / "views.png", [drawn[:4], drawn[4:]], bones=True,
+          note="Eight crops as the network sees them, with their key points.")
 
 
 @torch.no_grad()
@@ -740,7 +746,8 @@ def draw_reconstructions(folder: Path, model: TINet, data: Source, cfg: Config,
     views, angles, _ = make_views(some(data, 6, device), cfg, 0, model.plan)
     out = model(views, angles)
     rows = [[denormalise(x[0]) for x in side] for side in (views[:, model.decoded], out.pictures)]
-    sheet(folder / "reconstructions.png", rows, labels=("input", "decoded"))
+    sheet(folder / "reconstructions.png", rows, labels=("input", "decoded"), note="Six pictures "
+          "that were encoded, and what the decoder makes of their latents (L_classic).")
 
 
 def element_name(element: Element) -> str:

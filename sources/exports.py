@@ -190,8 +190,10 @@ def draw_moment(path: Path, batch: dict, found: Fused, pictures: list[str], face
         verts = (found.verts[i].cpu() * D) @ M[:, :3, :3].mT + M[:, None, :3, 3]       # (V, 778, 3)
         rows.append([draw_mesh(image[v], verts[v], faces, batch["K"][i, v], width=300)
                      for v in there])
+    side = " It is a left hand, so its squares are shown mirrored." * (batch["side"][i] == "left")
     sheet(path, rows, [camera_of(pictures[v]) for v in there], ["bones", "mesh"][:len(rows)],
-          width=40 + 306 * len(there))
+          width=40 + 306 * len(there), note="The fused hand in each camera's square around the "
+          f"hand, lens distortion taken away.{side}", bones=True)
 
 
 def bone_lengths(joints: Tensor) -> Tensor:

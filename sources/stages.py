@@ -22,7 +22,7 @@ from sources.recipes import origin, stored_config
 from sources.runs import open_out, recall, remember
 from sources.sheets import best_median_worst, draw_rows
 from sources.synthetic import Cached, Synthetic
-from sources.tables import STAGE, Means, gain, table, write_results
+from sources.tables import STAGE, Means, for_screen, gain, table, write_results
 
 import torch
 from torch import Tensor, nn
@@ -186,7 +186,7 @@ def _conclude(cfg: Any, out: Path, exam: Exam, row: Row, means: Means, split: st
     left_out, uses = len(row.errors) - n, sorted(row.net.model.USES)
     if "scratch" not in means:
         say("scratch: not run (--finetune without --init)")
-    say("\n" + table(means, STAGE))
+    say("\n" + for_screen(table(means, STAGE), "metrics.json"))
     better = gain(means, "mean_pose")
     chosen = " (the epoch was chosen on them)" * (split == "val")
     say(f"{n:,} {split} samples scored{chosen}, {left_out} left out; MPJPE is wrist-rooted; one "

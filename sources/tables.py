@@ -20,12 +20,14 @@ from sources.tally import interval, is_mean
 import numpy as np
 import torch
 
-# Columns of `ours` in a table of eval.py, and of a stage; the other metrics go to files.
-MAIN = ("mpjpe_mm", "pa_mpjpe_mm", "abs_mpjpe_mm", "n_mpjpe_mm", "auc", "mpvpe_mm", "pa_mpvpe_mm",
-        "f_5", "f_15", "epe_2d_px", "pck_2d_20", "auc_2d")
-STAGE = ("mpjpe_mm", "pa_mpjpe_mm", "auc", "mpvpe_mm", "pa_mpvpe_mm", "f_5", "f_15",
-         "epe_2d_px_crop", "mpjpe_mm_frozen", "pa_mpjpe_mm_frozen", "epe_2d_px_crop_frozen")
+# Columns of `ours` in a table of eval.py, and of a stage; the other metrics go to files. A screen
+# shows the first of them, see `for_screen`.
+MAIN = ("mpjpe_mm", "pa_mpjpe_mm", "epe_2d_px", "n_mpjpe_mm", "abs_mpjpe_mm", "auc", "mpvpe_mm",
+        "pa_mpvpe_mm", "f_5", "f_15", "pck_2d_20", "auc_2d")
+STAGE = ("mpjpe_mm", "pa_mpjpe_mm", "mpjpe_mm_frozen", "pa_mpjpe_mm_frozen", "epe_2d_px_crop",
+         "mpvpe_mm", "pa_mpvpe_mm", "auc", "f_5", "f_15", "epe_2d_px_crop_frozen")
 ABOUT = ("parameters", "images/s, batch 1", "images/s, batch 64", "labels", "seed", "keys given")
+SCREEN = 100                                       # columns of letters that tables may take
 
 Means = dict[str, dict[str, float]]                # {row: {metric: number}}
 
@@ -46,6 +48,29 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     text = [[line[0].ljust(width[0]), *(cell.rjust(w) for cell, w in zip(line[1:], width[1:]))]
             for line in (head, *lines)]
     return "\n".join("| " + " | ".join(line) + " |" for line in (text[0], rule, *text[1:]))
+
+
+def for_screen(text: str, file: str) -> str:
+    """A text whose tables are cut to the first columns that fit a screen.
+
+    Below each the columns are named that are left out, and the `file` that has them.
+    """
+    out: list[str] = []
+    lines = [*text.split("\n"), ""]
+    fits, left_out = 0, []
+    for line in lines:
+        cells = line[2:-2].split(" | ") if line.startswith("| ") else []
+        if cells and not fits:                                       # the head; all lines are alike
+            ends = list(itertools.accumulate(len(cell) + 3 for cell in cells))
+            fits = max(2, sum(end + 1 <= SCREEN for end in ends))
+            left_out = [cell.strip() for cell in cells[fits:]]
+        if cells:
+            line = "| " + " | ".join(cells[:fits]) + " |"
+        elif fits:
+            out += [f"further columns in {file}: {', '.join(left_out)}"] * bool(left_out)
+            fits = 0
+        out.append(line.replace("\\*", "*"))
+    return "\n".join(out[:-1])
 
 
 def table(means: Means, columns: Sequence[str],

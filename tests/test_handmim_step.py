@@ -869,7 +869,7 @@ def test_the_sheets_show_what_the_steps_see(monkeypatch, tmp_path):
     data, cfg, model = Few(samples), Config(**TINY), awake_model("handmim", ())
     handmim.draw_recovered(tmp_path, model, data, cfg, CPU)
     handmim.draw_pretraining(tmp_path, data, cfg, CPU, 4)
-    first, seen_first, second, seen_second = drawn["views.png"]
+    stored, first, seen_first, second, seen_second = drawn["views.png"]
     assert len(points) == 12
     for i in range(6):
         x, angle, gamma, shift = one_view(samples["image"][i], i, 0, 0, False, ())
@@ -877,11 +877,12 @@ def test_the_sheets_show_what_the_steps_see(monkeypatch, tmp_path):
         true, other = ((z * STD + MEAN).clamp(0, 1) for z in (x, y))
         on = one_mask(i, 0, 0, False, ()).view(4, 4).repeat_interleave(8, 0).repeat_interleave(8, 1)
         whole, seen, recovered = (row[i] for row in drawn["recovered.png"])
-        for found, expected in ((whole, true), (first[i], true), (second[i], other), (seen[:, ~on], true[:, ~on]),
-                                (seen_first[i][:, ~on], true[:, ~on]), (recovered[:, ~on], true[:, ~on])):
+        hand = common.warp(samples["image"][i:i + 1], common.crop(torch.full((1, 2), 23.5), torch.tensor([48 * 1.2 / 1.7]), 32), 32)
+        for found, expected in ((whole, hand[0] / 255), (first[i], true), (second[i], other), (seen[:, ~on], whole[:, ~on]),
+                                (seen_first[i][:, ~on], true[:, ~on]), (recovered[:, ~on], whole[:, ~on])):
             close(found, expected, "sheet", 1e-4)
-        assert (seen[:, on] == 0.5).all() and (recovered[:, on] != 0.5).any()
-        assert not torch.allclose(recovered[:, on], true[:, on], atol=0.01)
+        assert torch.equal(stored[i], samples["image"][i]) and (seen[:, on] == 0.5).all() and (recovered[:, on] != 0.5).any()
+        assert not torch.allclose(recovered[:, on], whole[:, on], atol=0.01)
         source = (samples["uv"][i] - 23.5) / (48 * 1.2 / 1.7)              # from the square's centre, in its sides
         moved = (gamma * source - shift) @ turned(angle).mT                # Eq. 3
         close(points[i], 15.5 + 32 * moved, "key points")

@@ -868,7 +868,14 @@ def test_pictures_of_views_show_their_key_points_moved_along(monkeypatch, tmp_pa
         u = common.uniform(torch.tensor([b]), 3, 0, "peclr fine-tuning", 0)[0].tolist()
         A = matrix([(STORED - 1) / 2] * 2, STORED / 0.7 / 2.2, math.radians(90 * u[0] - 45), [(15 * u[k] - 7.5) / 128 for k in (1, 2)])
         assert close(uv, affine(A, batch["uv"][b]))
-    assert sheets == [("views.png", [4, 4]), ("transformations.png", [5, 5]), ("views.png", [4, 4])]
+    assert sheets == [("views.png", [4, 4, 4]), ("transformations.png", [5, 5]), ("views.png", [4, 4])]
+
+
+def test_what_a_transformation_changes_is_looked_for_on_the_hand():
+    """Pixels nearer than 8 / 8 px to a point; without any, the middle half."""
+    on = peclr.near_points(torch.tensor([[2.0, 5.0], [math.nan, 1.0]]), 8)
+    assert on.nonzero().tolist() == [[5, 2]]
+    assert peclr.near_points(torch.full((2, 2), math.nan), 8).nonzero().tolist() == [[y, x] for y in range(2, 6) for x in range(2, 6)]
 
 
 def test_numbers_of_the_authors_code_are_those_of_the_notes():

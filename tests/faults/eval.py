@@ -106,6 +106,8 @@ FAULTS = [
     ("sources/sheets.py", 'if "joints" in pred else "2D alone"', 'if "joints" in pred else ""', SHEETS, "2d_alone"),
     ("sources/judging.py", "one[:, ROOT] = math.nan", "pass", JUDGING, "millimetres"),
     ("hand/drawing.py", "out.paste(below, (gap, high))", "pass", "hand/test_drawing.py", "says_below"),
+    ("sources/tables.py", "fits = max(2, sum(end + 1 <= SCREEN for end in ends))", "fits = len(ends)", JUDGING, "screen_shows"),
+    ("sources/tables.py", "out += [f\"further columns in", "out += [] and [f\"further columns in", JUDGING, "screen_shows"),
     # cameras
     ("sources/views.py", "return {key: x[:, self.cameras] if", "return {key: x[:, :len(self.cameras)] if", RUNS,
      "rendered_moments"),

@@ -14,7 +14,7 @@ from sources.judging import Exam, Row, assess, errors_by_joint, shares_within
 from sources.predictors import Net, facts, root_of
 from sources.sheets import best_median_worst
 from sources.stages import mean_hand
-from sources.tables import differences, digits, gain, px_compare, seed_groups, table
+from sources.tables import differences, digits, for_screen, gain, markdown, px_compare, seed_groups, table
 from sources.tally import Tally
 
 
@@ -246,6 +246,17 @@ def test_best_median_and_worst_leave_out_what_has_no_error():
     picked, names = best_median_worst(errors, 1)
     assert picked.tolist() == [2, 6, 4] and names == ["best", "median", "worst"]
     assert best_median_worst(torch.full((3,), math.nan))[0].tolist() == []
+
+
+def test_a_screen_shows_the_first_columns_and_says_where_the_rest_are():
+    """Columns of 2 + 20 k + 1 letters: with the row's name (1), four end at 2 + 1 + 4 x 23 + 2 = 97, five at 120."""
+    head = ["r", *(f"{name:>20}" for name in "abcde")]
+    text = "above\n\n" + markdown(head, [["x", "1", "2", "3", "4", "5"]]) + "\n\nbelow | as it is"
+    lines = for_screen(text, "a.md").splitlines()
+    assert lines[0] == "above" and lines[-1] == "below | as it is" and max(map(len, lines)) == 97
+    assert lines[5] == "further columns in a.md: e" and [len(line.split(" | ")) for line in lines[2:5]] == [5, 5, 5]
+    narrow = markdown(["r", "a"], [["x", "1"]])
+    assert for_screen(narrow, "a.md") == narrow
 
 
 # ---- Stages ----
