@@ -1069,14 +1069,16 @@ def score(pred: dict, truth: dict) -> dict[str, Tensor]:
 def _score_2d(pred: dict, truth: dict, ok_3d: Tensor) -> dict[str, Tensor]:
     """The scores of `uv`: in px of the original picture, and with `_crop` in px of image.
 
-    A joint marked wrong in 3D does not count; where a sample has no 3D, every finite uv does.
+    (Those are px that were asked for, where `zoom` says how many one of image is.) A joint marked
+    wrong in 3D does not count; where a sample has no 3D, every finite uv does.
     """
     p, t, ok = _scored("uv", pred["uv"], truth["uv"])
     ok = ok & (ok_3d | ~ok_3d.any(1, keepdim=True))
     back = invert(truth["crop"].double())                                 # image px -> picture px
     p0, t0 = transform(back, p), transform(back, t)
     picture = epe(p0, t0, ok)
-    return {"epe_2d_px": picture.nanmean(1), "epe_2d_px_crop": epe(p, t, ok).nanmean(1),
+    crop = epe(p, t, ok).nanmean(1) * truth.get("zoom", 1.0)
+    return {"epe_2d_px": picture.nanmean(1), "epe_2d_px_crop": crop,
             "pck_2d_20": pck_2d(p0, t0, ok).nanmean(1), "auc_2d": auc(picture, 30.0).nanmean(1)}
 
 

@@ -21,7 +21,8 @@ points: 778 vertices, then the joints.
 Units: 3D points inside the network are rooted at the middle MCP and counted in SPAN = 0.2 m. 2D
 points inside the network are in [-1, 1] from edge to edge of its crop, so a crop is 2 wide, and the
 camera's s is in crop widths a metre: `to_crop` takes SPAN to 2 s SPAN. Predictions leave in m and
-in px of the stored picture; limits of triangulation are in px of a 256 px crop (`of_crop`).
+in px of the stored picture; limits of triangulation are in px of a 256 px crop (`of_crop`), 2D
+scores in px of the network's crop, however many px the stored picture has (`crop_side`, zoom).
 
 Differs from the paper
  1. The readable code (zxz267/HaMuCo @7a6885b) is that of the first version; multi-view inference,
@@ -101,7 +102,7 @@ from torch import Tensor, nn
 METHOD = "hamuco"
 CROP = 1.25                  # network's crop / hand box: 130 / 104 px (authors' code, testing)
 MARGIN = 2.2                 # stored square / hand box: HanCo's whole picture, 224 / 104 px
-STORE = MARGIN / CROP        # stored side / network side, so px of both are the same
+STORE = MARGIN / CROP        # side asked for / network side, so px of both are the same
 SPAN = 0.2                   # m, unit of the network's 3D points (authors' code)
 OUTLIERS = 0.2               # share of lost labels in --quick: some 32 px on a 256 px crop
 QUICK_TEST = 256             # moments that --quick scores
@@ -185,7 +186,7 @@ class View(NamedTuple):
 
 
 def stored_side(cfg: Config) -> int:
-    """Side of the pictures that the data sets yield, px."""
+    """Side of the pictures that data sets are asked for, px; HanCo's own have fewer."""
     return round(STORE * cfg.image_size)
 
 
@@ -248,9 +249,14 @@ def to_px(uv: Tensor, size: int) -> Tensor:
     return ((uv + 1) * size - 1) / 2
 
 
-def of_crop(px: float, size: int) -> float:
+def of_crop(px: float, size: float) -> float:
     """A limit in px of the authors' 256 px crop -> px of a crop `size` wide."""
     return px * size / 256
+
+
+def crop_side(batch: dict, size: int) -> float:
+    """Side of the test crop in px of the stored pictures, for a network that sees it in `size`."""
+    return size * batch["image"].shape[-1] / round(STORE * size)
 
 
 # ---- Model (Sec. 3.1, 3.2) -----------------------------------------------------------------------
@@ -862,19 +868,21 @@ def place_fused(prediction: dict[str, dict[str, Tensor]], batch: dict, size: int
                 ) -> dict[str, dict[str, Tensor]]:
     """fusion_center and fusion_ransac of a calibrated batch, in camera frames with their root.
 
-    The 2D predictions are the interaction's; `size` of the network's crop, to which limits belong.
-    Where the rig's unit of length is not known (scale NaN), no hand of known size can be placed.
+    The 2D predictions are the interaction's; `size` of the network's input, in px of which limits
+    are known. Where the rig's unit of length is not known (scale NaN), no hand of known size can be
+    placed.
     """
     ok, K, M = batch["view_ok"], batch["K"], batch["cameras"]
     P = projections(K, M)
     uv = prediction.get("interaction", prediction["single"])["uv"]
-    free = to_cameras(triangulate_robustly(uv, P, ok, size)[0], M)
+    side = crop_side(batch, size)
+    free = to_cameras(triangulate_robustly(uv, P, ok, side)[0], M)
     placed = {"fusion_ransac": in_camera(free, K)}
     if batch["scale"][ok].isnan().any():
         return placed
     world = prediction["fusion"]["joints"] @ M[..., :3, :3]                             # R^T x
     shape = world.nanmean(1).double()
-    centre = opt_center(shape, uv, P, ok, of_crop(HUBER_PX, size))
+    centre = opt_center(shape, uv, P, ok, of_crop(HUBER_PX, side))
     fixed = to_cameras(shape + centre[:, None], M)
     return {"fusion_center": in_camera(fixed, K)} | placed
 
@@ -884,11 +892,11 @@ def in_camera(joints: Tensor, K: Tensor) -> dict[str, Tensor]:
     return {"joints": joints, "root": joints[:, :, 0], "uv": project(joints, K.to(joints))}
 
 
-def triangulate_robustly(uv: Tensor, P: Tensor, ok: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def triangulate_robustly(uv: Tensor, P: Tensor, ok: Tensor, size: float) -> tuple[Tensor, Tensor]:
     """RANSAC, then Huber on the inliers: uv (B, V, J, 2) px, P (B, V, 3, 4), ok (B, V).
 
-    `size` of the network's crop, to which limits belong. Returns (B, J, 3) twice: the refined
-    points, and those of RANSAC alone.
+    `size` of the network's crop in the same px, to which limits belong. Returns (B, J, 3) twice:
+    the refined points, and those of RANSAC alone.
     """
     by_joint = uv.transpose(1, 2)                                                   # (B, J, V, 2)
     P = P[:, None].expand(-1, by_joint.shape[1], -1, -1, -1)
@@ -1054,8 +1062,9 @@ def next_labels(file: Path, model: HaMuCo, data: Source, cfg: Config,
                 device: torch.device) -> Tensor:
     """What the next round learns from: the interaction's 2D of every training moment (11).
 
-    (n, V, J, 2) px of image, kept in a file for --resume.
+    (n, V, J, 2) px of image, kept for --resume in a file, with the side of its pictures.
     """
+    side = float(data.targets(torch.zeros(1, dtype=torch.long))["side_px"].flatten()[0])
     if not file.is_file():
         parts = []
         for batch, found in predictions(model, data, cfg, device):
@@ -1063,13 +1072,14 @@ def next_labels(file: Path, model: HaMuCo, data: Source, cfg: Config,
             parts.append({"uv": uv if batch["image"].dim() == 5 else uv[:, None]})
         labels = gather(parts, len(data))["uv"]
         if rank() == 0:
-            save_checkpoint(file, {"uv": labels})
+            save_checkpoint(file, {"uv": labels, "side": side})
         barrier()
-    labels = load_checkpoint(file)["uv"]
+    kept = load_checkpoint(file)
+    labels, then = kept["uv"], kept.get("side", stored_side(cfg))     # older files lack it
     if len(labels) != len(data):
         raise UserError(f"{file}: holds labels of {len(labels):,} moments, the data are "
                         f"{len(data):,}; a resumed run cannot change its data")
-    return labels
+    return labels if then == side else (labels + 0.5) * (side / then) - 0.5
 
 
 def fit(cfg: Config, out: Path, row: str, device: torch.device) -> None:
@@ -1120,7 +1130,7 @@ def label_rows(batch: dict, size: int) -> dict[str, dict[str, Tensor]]:
     if not bool(batch["has"]["cameras"].all()) or uv.shape[1] < 2:
         return rows
     P, by_joint = projections(batch["K"], batch["cameras"]), uv.transpose(1, 2)
-    refined, plain = triangulate_robustly(uv, P, ok, size)
+    refined, plain = triangulate_robustly(uv, P, ok, crop_side(batch, size))
     for name, X in (("dlt", triangulate(by_joint, P[:, None], (c > 0).transpose(1, 2))),
                     ("dlt_confidence", triangulate(by_joint, P[:, None], c.transpose(1, 2))),
                     ("ransac", plain), ("ransac_huber", refined)):
@@ -1156,7 +1166,7 @@ def predictor(models: dict[str, HaMuCo], size: int, labelled: bool) -> Predictor
 
 
 def against_labels(f: dict, hand: Mano | None = None) -> dict[str, Tensor]:
-    """Where nothing is known but labels: distance to them, px of image, and how far bones change.
+    """Where nothing is known but labels: distance to them, px of the crop, how far bones change.
 
     A protocol. The bones' spread is their lengths' standard deviation over moments by the mean; of
     each moment the first view that has the hand counts.
@@ -1164,7 +1174,8 @@ def against_labels(f: dict, hand: Mano | None = None) -> dict[str, Tensor]:
     batch, joints = f["batch"], f["joints"]
     there = batch.get("view_ok", torch.ones_like(batch["joints_ok"][:, 0]))
     known = there[:, None] & (batch["confidence"] > 0)
-    out = {"label_px_crop": epe(f["uv_image"], batch["uv_label"], known).nanmean(1)}
+    apart = epe(f["uv_image"], batch["uv_label"], known).nanmean(1)
+    out = {"label_px_crop": apart * batch.get("zoom", 1.0)}
     parents = [0 if k % 4 == 1 else k - 1 for k in range(1, N_JOINTS)]
     bones = (joints[:, 1:] - joints[:, parents]).norm(dim=-1)
     made = bones.isfinite().unflatten(0, (-1, batch.get("views", 1)))                # (B, V, 20)
@@ -1188,8 +1199,8 @@ def report(cfg: Config, out: Path, names: list[str], device: torch.device) -> No
 
     def fig_4(f: dict, hand: Mano) -> dict[str, Tensor]:
         """Share of joints within some px of a 256 px crop; a protocol."""
-        error = epe(f["uv_image"], f["batch"]["uv"]) * 256 / cfg.image_size
-        return {"within": shares_within(error)}
+        error = epe(f["uv_image"], f["batch"]["uv"]) * 256
+        return {"within": shares_within(error / crop_side(f["batch"], cfg.image_size))}
 
     hand = hand_for(cfg.data[0], cfg.mano)
     exam = Exam(test, cfg.data[0], hand, scored_on(device), cfg.workers,

@@ -18,8 +18,9 @@ frame x right, y down, z forward; all left hands are mirrored to right ones.
     side, id, box_source                        strings; id is unique
 
 Several views of one moment have a leading axis V in every tensor, and cameras (V, 4, 4), world to
-camera, and view_ok (V,) bool. Samples are batched by torch's default_collate: tensors get a leading
-axis B, strings become lists, `has` a dict of bool tensors.
+camera, and view_ok (V,) bool; and, where no picture has the px that were asked for, zoom (V,), how
+many of those px is one of image. Samples are batched by torch's default_collate: tensors get a
+leading axis B, strings become lists, `has` a dict of bool tensors.
 
 The protocol (`Source`, in sources/loader.py). A source is all that a script knows of data:
     len(source)                              how many samples there are
@@ -48,7 +49,7 @@ from typing import Protocol
 from common import Mano, UserError, permutation, say
 from hand import both_hands, user_hand
 from sources import cameras, coco, dexycb, folder, freihand, hanco, ho3d, interhand, yt3d
-from sources.hands import Hands
+from sources.hands import Hands, enough_px
 from sources.index import Index, Joints
 from sources.loader import Joined, Rows, Source, Targets
 from sources.squares import keep_squares
@@ -178,7 +179,8 @@ def open_data(cfg: Options, specs: tuple[str, ...], split: str, size: int, margi
             found.append(_rendered(cfg, spec, split, size, margin, rig or Rig(),
                                    device if live else None))
         else:
-            found.append(_read(cfg, spec, split, size, margin, room, labelled, unlabelled, rig))
+            found.append(_read(cfg, spec, split, size, margin, room, labelled, unlabelled, rig,
+                               alone=len(specs) == 1))
     data = found[0] if len(found) == 1 else Joined(found)
     if labelled and cfg.label_fraction < 1:
         every = np.arange(len(data))
@@ -207,8 +209,8 @@ def _rendered(cfg: Options, spec: str, split: str, size: int, margin: float, rig
 
 
 def _read(cfg: Options, spec: str, split: str, size: int, margin: float, room: float,
-          labelled: bool, unlabelled: bool, rig: Rig | None) -> Source:
-    """A data set that lies in a folder."""
+          labelled: bool, unlabelled: bool, rig: Rig | None, alone: bool) -> Source:
+    """A data set that lies in a folder; its moments, if `alone`, with the px that pictures have."""
     name, part, place = parse_data(spec)
     place = place or cfg.root
     mano = both_hands(cfg.mano)
@@ -227,10 +229,12 @@ def _read(cfg: Options, spec: str, split: str, size: int, margin: float, room: f
             raise UserError(f"{spec}: not one hand has joints or a pose, so none can be learnt "
                             "from")
     say(index.summary())
-    hands = Hands(index, size, margin, keep_squares(index, size, margin, Path(cfg.cache), room))
-    if rig is None or "camera" not in index.columns:
+    moments = rig is not None and "camera" in index.columns
+    px = enough_px(index, size, margin) if moments and alone else size
+    hands = Hands(index, px, margin, keep_squares(index, px, margin, Path(cfg.cache), room))
+    if not moments:
         return hands
-    data = Views(hands, rig.views, rig.cameras)
+    data = Views(hands, rig.views, rig.cameras, size / px)
     say(f"{name}: {len(data):,} moments of up to {rig.views} cameras, "
         f"{int((data.rows < 0).sum()):,} of their pictures missing")
     return data

@@ -1,6 +1,7 @@
 """The rows of an index as samples, one hand each."""
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,6 +168,13 @@ class Hands(Source):
         middle[boxed] = (box[:, :2] + box[:, 2:] / 2)[boxed] - 0.5       # edges to pixel centres
         side[boxed] = wide[boxed]
         return middle, side
+
+
+def enough_px(index: Index, size: int, margin: float) -> int:
+    """`size`, or less where no square of `margin` x the box has so many px of its picture."""
+    box = index.columns.get("box", np.full((1, 4), np.nan))
+    widest = margin * float(box[:, 2:].max(initial=0))                  # NaN: some picture is whole
+    return min(size, math.ceil(widest)) if widest > 0 else size
 
 
 def _numbers(columns: dict[str, np.ndarray], rows: np.ndarray, sizes: np.ndarray,

@@ -30,11 +30,13 @@ class Views(Source):
     Slot v is the data set's v-th camera, or the v-th of `cameras`. A moment without that picture
     has a black one there, NaN and False, and view_ok (V,) False; moments without any picture are
     not there. cameras (V, 4, 4) is world to camera, in the data set's unit of length; left hands
-    are mirrored with their cameras.
+    are mirrored with their cameras. `zoom` is px of the square that was asked for to one of the
+    picture, where that has fewer.
     """
 
-    def __init__(self, hands: Hands, views: int, cameras: tuple[int, ...] = ()):
+    def __init__(self, hands: Hands, views: int, cameras: tuple[int, ...] = (), zoom: float = 1.0):
         self.hands = hands
+        self.zoom = zoom
         self.name = hands.name
         self.box_source = hands.box_source
         columns = hands.index.columns
@@ -104,6 +106,8 @@ class Views(Source):
                           np.diag([-1.0, 1, 1, 1]), np.eye(4))
         M = np.full((*ok.shape, 4, 4), np.nan)
         M[ok] = mirror @ columns["cameras"][at[ok]] @ mirror
+        if self.zoom != 1:
+            out["zoom"] = torch.full(ok.shape, self.zoom)
         last = at.max(1)
         return out | {"cameras": torch.from_numpy(M).float(), "view_ok": torch.from_numpy(ok),
                       "confidence": out["confidence"].nan_to_num(),

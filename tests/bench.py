@@ -44,7 +44,7 @@ from hand.builtin import builtin_hand
 from hand.official import MANO_SHAPES, load_mano
 from sources import Source, reading, training_steps
 from sources.folder import index_folder
-from sources.hands import Hands
+from sources.hands import Hands, enough_px
 from sources.judging import Exam, values_of
 from sources.predictors import facts
 from sources.protocols import PROTOCOLS
@@ -407,6 +407,19 @@ def bench_feed() -> None:
             print(f"feed {width} x {height}: ImageFolder {n / t['theirs']:.0f} pictures/s a core, ours {n / t['ours']:.0f}: "
                   f"x{t['theirs'] / t['ours']:.2f}, bar {bar}; kept squares {n / t['kept']:.0f}: x{t['theirs'] / t['kept']:.0f}, "
                   f"bar 20; they differ by {gap:.2f} grey levels", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for k in range(32):
+            texture(Path(folder, "train", f"{k}.jpg"), 224, 224, k)
+        index, rows = index_folder(Path(folder, "train")), list(range(32))
+        index.columns["box"] = np.tile(np.float32([60, 60, 104, 104]), (32, 1))
+        cfg, margin = hamuco.Config(), hamuco.MARGIN
+        wide = hamuco.stored_side(cfg)
+        few = enough_px(index, wide, margin)
+        read = {px: Hands(index, px, margin) for px in (few, wide)}
+        t = interleaved({px: (lambda hands=hands: hands.read(rows)) for px, hands in read.items()}, 5)
+        size = {px: 3 * px ** 2 * cfg.batch_size * cfg.views / 1e6 for px in read}
+        print(f"feed HanCo's 224 px pictures: squares of {few} px {1e3 * t[few] / 32:.1f} ms a picture and {size[few]:.0f} MB a step, of "
+              f"{wide} px {1e3 * t[wide] / 32:.1f} ms and {size[wide]:.0f} MB: x{t[wide] / t[few]:.1f}, x{size[wide] / size[few]:.1f}")
     cfg, steps = peclr.Config(batch_size=16, micro_batch=1, workers=4), {}
     for name, ahead, take in (("all at once, 8 ahead", 8, list), ("one by one", 64, iter)):
         reading.AHEAD = ahead

@@ -43,6 +43,12 @@ FAULTS = [
     ("sources/views.py", '"view_ok": torch.from_numpy(ok)', '"view_ok": torch.from_numpy(ok | True)', "sources/test_hanco.py", "moments_keep"),
     ("sources/views.py", "math.nan if value.is_floating_point() else 0)", "0)", "sources/test_hanco.py", "moments_keep"),
     ("sources/views.py", 'rows[row[keep], columns["camera"][keep]] = np.flatnonzero(keep)', 'rows[row[keep], columns["camera"][keep] - 1] = np.flatnonzero(keep)', "sources/test_hanco.py", "moments_keep"),
+    ("sources/hands.py", "return min(size, math.ceil(widest)) if", "return min(size, math.floor(widest)) if", "sources/test_hanco.py", "no_more_px"),
+    ("sources/__init__.py", "if moments and alone else size", "if moments else size", "sources/test_hanco.py", "no_more_px"),
+    ("common.py", '.nanmean(1) * truth.get("zoom", 1.0)', ".nanmean(1)", "sources/test_hanco.py", "no_more_px"),
+    ("hamuco.py", 'apart * batch.get("zoom", 1.0)', "apart", "sources/test_hanco.py", "no_more_px"),
+    ("hamuco.py", 'size * batch["image"].shape[-1] / round(STORE * size)', "float(size)", "sources/test_hanco.py", "no_more_px"),
+    ("hamuco.py", "(labels + 0.5) * (side / then) - 0.5", "labels * (side / then)", "sources/test_hanco.py", "follow_the_side"),
     ("sources/views.py", "self.rows = rows[(rows >= 0).any(1)]", "self.rows = rows[(rows >= 0).all(1)]", "sources/test_hanco.py", "moments_keep"),
     # frames of reference, boxes
     ("sources/index.py", 'D @ value @ D if key == "pose" else value @ D', "value @ D", "sources/test_index.py", "unmirror"),

@@ -1,16 +1,21 @@
 """HanCo in its official layout."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import common
+import hamuco
 import sources
-from common import UserError, axis_angle_to_matrix
+from common import UserError, axis_angle_to_matrix, score
 from hamuco import Config
 from hand.builtin import builtin_hand
 from sources import Rig, open_data
 from sources.hanco import index_hanco
+from sources.predictors import as_pictures, facts
 from trees import hanco_tree
 
 
@@ -98,3 +103,52 @@ def test_hanco_poses_are_turned_into_the_camera(g, tmp_path):
         M = g("tri/M_w2c")[c]
         found = posed(index.columns["pose"][c], index.columns["trans"][c])
         near(found, world @ M[:3, :3].T + M[:3, 3], 1e-5)
+
+
+def test_squares_have_no_more_px_than_their_pictures_and_2d_is_counted_as_before(g, tmp_path):
+    """HanCo's 2.2 x 104 px as 229 px, not as 451: the same crops, errors and limits of triangulation, in px of the 256 px crop."""
+    hanco_tree(tmp_path, g)
+    low, high = np.meshgrid(np.arange(224), np.arange(224))
+    for c in range(8):
+        wave = 128 + 60 * np.sin(low / 9 + c) + 50 * np.cos(high / 7)
+        Image.fromarray(np.stack([wave] * 3, -1).astype(np.uint8)).save(tmp_path / "rgb" / "0003" / f"cam{c}" / "00000000.jpg", quality=95)
+    cfg = Config(root=str(tmp_path), cache=str(tmp_path / "cache"), mano="builtin")
+    given = dict(cfg=cfg, split="train", size=451, margin=2.2, device=torch.device("cpu"), rig=Rig(8))
+    here, = sources.batches(open_data(specs=("hanco",), **given), [torch.tensor([0])], torch.device("cpu"), 0)
+    place = f"hanco={tmp_path}"
+    joined = open_data(specs=(place, place), **given | {"cfg": dataclasses.replace(cfg, root="")})       # one size for all
+    wide, = sources.batches(joined, [torch.tensor([0])], torch.device("cpu"), 0)
+    assert here["image"].shape[-1] == 229 and wide["image"].shape[-1] == 451 and "zoom" not in wide
+    assert here["zoom"].tolist() == [[pytest.approx(451 / 229)] * 8] and hamuco.stored_side(cfg) == 451
+    crops = [hamuco.hand_view(batch["image"], 256)[0] for batch in (here, wide)]
+    assert float((crops[0] - crops[1]).abs().mean()) < 0.01                                # 1 is a quarter of the range
+    scores = []
+    for batch in (here, wide):
+        px = batch["image"].shape[-1] / 451
+        pictures = as_pictures(batch | {"index": torch.arange(1)})
+        pred = {"uv": pictures["uv"] + 3 * px, "joints": pictures["joints"]}
+        pictures["uv_label"] = pictures["uv"] - 2 * px
+        found = score(pred, pictures) | hamuco.against_labels(facts(pred, pictures, {}))
+        scores.append([found[name] for name in ("epe_2d_px_crop", "epe_2d_px", "label_px_crop")])
+        assert hamuco.of_crop(30.0, hamuco.crop_side(batch, 256)) == pytest.approx(30 * px)
+        near(hamuco.label_rows(batch, 256)["ransac_huber"]["joints"], hamuco.label_rows(wide, 256)["ransac_huber"]["joints"], 1e-4)
+    assert scores[0][0].tolist() == pytest.approx([3 * 2 ** 0.5] * 8, rel=1e-4)
+    assert scores[0][2].tolist() == pytest.approx([5 * 2 ** 0.5] * 8, rel=1e-4)
+    for a, b in zip(*scores):
+        near(a, b, 1e-3)
+
+
+def test_labels_of_a_round_follow_the_side_of_the_pictures(tmp_path):
+    """A file that says no side is of the square that was asked for: pixel centres are integers in both."""
+    class Data:
+        def targets(self, rows):
+            return {"side_px": torch.full((1,), 229.0)}
+
+        def __len__(self):
+            return 1
+
+    cfg = Config(mano="builtin")
+    for kept, expected in (({"side": 229.0}, 100.0), ({}, 100.5 * 229 / 451 - 0.5)):
+        torch.save({"uv": torch.full((1, 8, 21, 2), 100.0), **kept}, tmp_path / "labels.pt")
+        labels = hamuco.next_labels(tmp_path / "labels.pt", None, Data(), cfg, torch.device("cpu"))
+        assert float((labels - expected).abs().max()) < 1e-4
