@@ -86,6 +86,7 @@ from sources import Rig, Rows, Source, batches, data_name, hand_for, open_data, 
 from sources.judging import LIMITS, Exam, Row, assess, predictions, shares_within
 from sources.loader import gather
 from sources.predictors import Predictor, answer, outputs, scored_on
+from sources.course import COURSE, SCORING, learning
 from sources.progress import Run
 from sources.sheets import best_median_worst, draw_rows
 from sources.recipes import stored_config
@@ -1082,6 +1083,11 @@ def next_labels(file: Path, model: HaMuCo, data: Source, cfg: Config,
     return labels if then == side else (labels + 0.5) * (side / then) - 0.5
 
 
+def stage_name(row: str, k: int) -> str:
+    """What round k of a row is called in folders and on the screen."""
+    return f"train-{row}" + f"-{k}" * (k > 1)
+
+
 def fit(cfg: Config, out: Path, row: str, device: torch.device) -> None:
     """All rounds of one row; writes OUT/train-ROW/final.pt, OUT/finetune.pt and OUT/backbone.pt."""
     data = open_rig(cfg, "train", device)
@@ -1090,7 +1096,7 @@ def fit(cfg: Config, out: Path, row: str, device: torch.device) -> None:
     epochs = cfg.epochs + cfg.mask_epochs
     labels = None
     for k in range(1, cfg.rounds + 1):
-        folder = out / (f"train-{row}" + f"-{k}" * (k > 1))
+        folder = out / stage_name(row, k)
         torch.manual_seed(cfg.seed)
         model = HaMuCo(cfg)
         say("first weights of the encoder are random (18)" if cfg.init == "random"
@@ -1202,6 +1208,7 @@ def report(cfg: Config, out: Path, names: list[str], device: torch.device) -> No
         error = epe(f["uv_image"], f["batch"]["uv"]) * 256
         return {"within": shares_within(error / crop_side(f["batch"], cfg.image_size))}
 
+    COURSE.begin(SCORING)
     hand = hand_for(cfg.data[0], cfg.mano)
     exam = Exam(test, cfg.data[0], hand, scored_on(device), cfg.workers,
                 {"labels": against_labels, "fig_4": fig_4})
@@ -1345,16 +1352,20 @@ def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
     of a long warm-up, so both have seen as many pictures in the end; --init says otherwise.
     """
     cfg = stage_config(given)
-    names = []
+    every = [cfg]
     if cfg.quick and "single-view" not in cfg.variant:
-        baseline = stage_config(given, alone=True)
-        names.append(row_of(baseline.variant))
-        fit(baseline, out, names[0], device)
+        every = [stage_config(given, alone=True), cfg]
+    names = [row_of(one.variant) for one in every]
+    work = {stage_name(name, k): learning(one, one.views, val=False)
+            for name, one in zip(names, every) for k in range(1, one.rounds + 1)}
+    COURSE.plan(work | {SCORING: float(cfg.views * len(every) * QUICK_TEST)})
+    if len(every) > 1:
+        fit(every[0], out, names[0], device)
         half = out / f"train-{names[0]}" / "half.pt"
         if "init" not in given and half.is_file():
             cfg = dataclasses.replace(cfg, init=str(half))
-    fit(cfg, out, row_of(cfg.variant), device)
-    report(cfg, out, [*names, row_of(cfg.variant)], device)
+    fit(cfg, out, names[-1], device)
+    report(cfg, out, names, device)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -110,6 +110,7 @@ from common import (
 from hand.drawing import draw_skeleton, sheet
 from sources import Source, batches, hand_for, open_data, training_steps
 from sources.photos import cut_photos
+from sources.course import COURSE, SCORING, judging, learning
 from sources.progress import Run
 from sources.recipes import row_name
 from sources.stages import keep_best, launch, mean_hand, probe_error, report
@@ -150,6 +151,7 @@ CENTRE_MOMENTUM = 0.9
 CENTRE_PACE = 25                        # a centre's share of a step, in the teacher's: 0.1 / 0.004
 CLIP = 3.0
 FINAL_LR = 1e-6
+PASSES = 8 / 3                          # of a sample: two views, also seen by the teacher
 
 VARIANTS = {
     "no-pose": "leave out L_pose (Tab. 5)",
@@ -1039,12 +1041,17 @@ def check_pretraining(cfg: Config) -> None:
         raise UserError(f"--variant {' '.join(sorted(losses))}: no loss is left to learn from")
 
 
+def stage_name(cfg: Config) -> str:
+    """What a pre-training is called in folders and on the screen."""
+    return "-".join((cfg.objective, *cfg.variant))
+
+
 def pretrain(cfg: Config, out: Path, device: torch.device, file: str = "backbone.pt") -> None:
     """Sec. 3.1 on pictures without labels; writes the teacher's ViT to OUT/`file`."""
     check_pretraining(cfg)
     torch.manual_seed(cfg.seed)
     model = HandMIM(cfg)
-    folder = out / f"pretrain-{'-'.join((cfg.objective, *cfg.variant))}"
+    folder = out / f"pretrain-{stage_name(cfg)}"
     vit = model.teacher.backbone
     if cfg.init != "random":
         say(load_backbone(model.student.backbone, cfg.init))
@@ -1251,19 +1258,25 @@ def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
         tuning = tuple(name for name in every if name in FINETUNE_VARIANTS)
         before = tuple(name for name in every if name not in FINETUNE_VARIANTS)
         ibot = configure(given | dict(objective="ibot", variant=()), "pretrain")
-        pretrain(ibot, out, device, "backbone-ibot.pt")
         ours = configure(given | dict(objective="handmim", variant=before), "pretrain")
-        pretrain(ours, out, device)
         inits = {"scratch": "random", "ibot": str(out / "backbone-ibot.pt"),
                  "-".join((METHOD, *every)): str(out / "backbone.pt")}
         target = given.get("finetune") or ours.data[0]
-        for row, init in inits.items():
-            cfg = configure(given | dict(init=init, finetune=target, variant=tuning), "finetune")
+        rows = {row: configure(given | dict(init=init, finetune=target, variant=tuning), "finetune")
+                for row, init in inits.items()}
+        COURSE.plan({**{f"pretrain-{stage_name(cfg)}": learning(cfg, PASSES, val=False)
+                        for cfg in (ibot, ours)},
+                     **{f"finetune-{row}": learning(cfg) for row, cfg in rows.items()},
+                     SCORING: judging(len(rows))})
+        pretrain(ibot, out, device, "backbone-ibot.pt")
+        pretrain(ours, out, device)
+        for row, cfg in rows.items():
             finetune(cfg, out, row, device)
-        report(cfg, out, list(inits), device, build, stored_side(cfg), MARGIN)
+        report(cfg, out, list(rows), device, build, stored_side(cfg), MARGIN)
     elif given.get("finetune"):
         cfg = configure(given, "finetune")
         row = cfg.row or "-".join((row_name(cfg.init), *cfg.variant))
+        COURSE.plan({f"finetune-{row}": learning(cfg), SCORING: judging(1)})
         finetune(cfg, out, row, device)
         report(cfg, out, [row], device, build, stored_side(cfg), MARGIN)
     else:

@@ -84,6 +84,7 @@ from common import (
     steps_per_epoch, to_grey, transform, translation, uniform, view_intrinsics, warp, world)
 from hand.drawing import draw_skeleton, label, picture, sheet
 from sources import Source, batches, open_data, training_steps
+from sources.course import COURSE, SCORING, judging, learning
 from sources.progress import Run
 from sources.recipes import row_name
 from sources.stages import keep_best, launch, mean_hand, report
@@ -730,10 +731,15 @@ def finetune_step(net: nn.Module, batch: dict, cfg: Config, epoch: int) -> dict[
     return {"loss": loss, "L_J2D": L_J2D, "L_d": L_d, "L_root": L_root}
 
 
+def stage_name(cfg: Config) -> str:
+    """What a pre-training is called in folders and on the screen."""
+    return "-".join((cfg.objective, *cfg.variant))
+
+
 def pretrain(cfg: Config, out: Path, device: torch.device) -> Path:
     """Sec. 3.2 on pictures without labels; returns OUT/backbone.pt (--quick: SimCLR's beside)."""
     torch.manual_seed(cfg.seed)
-    name = "-".join((cfg.objective, *cfg.variant))
+    name = stage_name(cfg)
     folder = out / f"pretrain-{name}"
     model = PeCLR(cfg)
     if cfg.init != "random":
@@ -940,19 +946,28 @@ def finetune_config(given: dict[str, Any]) -> Config:
 def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
     """One stage, or with --quick all: both objectives, then every row frozen and end to end."""
     if given.get("quick"):
+        every = [settle(Config, given | {"objective": objective}, "pretrain", QUICK)
+                 for objective in ("simclr", "peclr")]
+        target = given.get("finetune") or every[0].data[0]
+        tuned = {freeze: finetune_config(given | {"finetune": target, "freeze": freeze})
+                 for freeze in (True, False)}
+        names = ("scratch", *(cfg.objective for cfg in every))
+        COURSE.plan({
+            **{f"pretrain-{stage_name(cfg)}": learning(cfg, 2, val=False) for cfg in every},
+            **{f"{stage}-{row}": learning(tuned[freeze], passes) for row in names
+               for stage, freeze, passes in (("probe", True, 1 / 3), ("finetune", False, 1))},
+            SCORING: judging(2 * len(names))})
         inits = {"scratch": "random"}
-        for objective in ("simclr", "peclr"):
-            cfg = settle(Config, given | {"objective": objective}, "pretrain", QUICK)
-            inits[objective] = str(pretrain(cfg, out, device))
-        target = given.get("finetune") or cfg.data[0]
+        inits |= {cfg.objective: str(pretrain(cfg, out, device)) for cfg in every}
         for row, init in inits.items():
-            for freeze in (True, False):
-                cfg = finetune_config(given | {"init": init, "finetune": target, "freeze": freeze})
-                finetune(cfg, out, row, device)
+            for cfg in tuned.values():
+                finetune(dataclasses.replace(cfg, init=init), out, row, device)
         report(cfg, out, list(inits), device, build, stored_side(cfg), MARGIN)
     elif given.get("finetune"):
         cfg = finetune_config(given)
         row = row_name(cfg.init, cfg.row)
+        stage = "probe" if cfg.freeze else "finetune"
+        COURSE.plan({f"{stage}-{row}": learning(cfg), SCORING: judging(1)})
         finetune(cfg, out, row, device)
         report(cfg, out, [row], device, build, stored_side(cfg), MARGIN)
     else:

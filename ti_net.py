@@ -79,6 +79,7 @@ from common import (
     settle, steps_per_epoch, transform, translation, uniform, unwrapped, warp)
 from hand.drawing import draw_skeleton, sheet
 from sources import Source, batches, hand_for, open_data, training_steps
+from sources.course import COURSE, SCORING, judging, learning
 from sources.progress import Run
 from sources.recipes import row_name
 from sources.stages import keep_best, launch, mean_hand, probe_error, report
@@ -93,6 +94,7 @@ MARGIN = 1.7        # stored square / hand box: 1.2 (fine-tuning crop) x sqrt(2)
 STORE = 1.5         # stored side / network side: sqrt(2) to turn freely, and some to shrink from
 CROP = 1.2          # fine-tuning crop / hand box (authors' code)
 CLIP = 5.0          # largest norm of pre-training's whole gradient (authors' log)
+PICTURES = 12       # of a sample that are encoded in pre-training (4); some variants differ
 
 VARIANTS = {
     "no-ordinary": "leave out L_ord (Eq. 2)",
@@ -766,19 +768,26 @@ def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
     if given.get("finetune") and not given.get("quick"):
         cfg = settle(Config, given, "finetune", QUICK)
         rows = [row_name(cfg.init, cfg.row)]
+        COURSE.plan({f"finetune-{rows[0]}": learning(cfg), SCORING: judging(1)})
         finetune(cfg, out, rows[0], device)
         report(cfg, out, rows, device, build, stored_side(cfg), MARGIN)
         return
-    cfg = settle(Config, given, "pretrain", QUICK)
-    pretrain(cfg, out, device)
+    before = settle(Config, given, "pretrain", QUICK)
     if not given.get("quick"):
+        pretrain(before, out, device)
         return
-    target = given.get("finetune") or cfg.data[0]
-    inits = {"scratch": "random", "-".join((METHOD, *cfg.variant)): str(out / "backbone.pt")}
-    for row, init in inits.items():
-        cfg = settle(Config, given | {"init": init, "finetune": target}, "finetune", QUICK)
+    target = given.get("finetune") or before.data[0]
+    name = "-".join((METHOD, *before.variant))
+    inits = {"scratch": "random", name: str(out / "backbone.pt")}
+    rows = {row: settle(Config, given | {"init": init, "finetune": target}, "finetune", QUICK)
+            for row, init in inits.items()}
+    COURSE.plan({f"pretrain-{name}": learning(before, PICTURES, val=False),
+                 **{f"finetune-{row}": learning(cfg) for row, cfg in rows.items()},
+                 SCORING: judging(len(rows))})
+    pretrain(before, out, device)
+    for row, cfg in rows.items():
         finetune(cfg, out, row, device)
-    report(cfg, out, list(inits), device, build, stored_side(cfg), MARGIN)
+    report(cfg, out, list(rows), device, build, stored_side(cfg), MARGIN)
 
 
 def main(argv: list[str] | None = None) -> None:

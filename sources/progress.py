@@ -1,24 +1,18 @@
-"""One trained thing as it goes: its log, its checkpoint, and how it ends."""
+"""One trained thing as it goes: its steps, its checkpoint, and how it ends."""
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
-import platform
-import shlex
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 # common before torch: it settles how threads wait
 from common import (
     Flags, Stop, Stopped, UserError, load_checkpoint, rank, save_checkpoint, say, whole_file, world)
-from hand.drawing import curve
 from sources.checkpoints import not_finite, take_up
+from sources.course import COURSE, spelled
+from sources.log import Log, draw_losses, in_words, provenance
 from sources.steps import mean_over_processes
 
 import torch
@@ -27,82 +21,6 @@ from tqdm import tqdm
 
 DRAW_SECONDS = 60                                        # at least, between two losses.png
 NEVER = 2 ** 62                                          # the step at which a sound term was lost
-
-
-def provenance() -> dict[str, Any]:
-    """What a log opens with: command, versions, git state, host kind."""
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "-uno")
-        state = git("rev-parse", "HEAD") + "+changes" * bool(changed)
-    except OSError:                                    # no git here
-        state = ""
-    return {"command": shlex.join(sys.argv), "git": state, "python": platform.python_version(),
-            "torch": torch.__version__, "threads": torch.get_num_threads(), "processes": world()}
-
-
-def in_words(record: dict[str, Any]) -> str:
-    """What the screen says of a record of the log: "val pa mpjpe 12.5 mm, L_inv 0.0312"."""
-    parts = []
-    for name, value in record.items():
-        if name.endswith("_mm"):
-            parts.append(f"{name.removesuffix('_mm').replace('_', ' ')} {value:.1f} mm")
-        else:
-            parts.append(f"{name} {value:.4g}")
-    return ", ".join(parts)
-
-
-def draw_losses(folder: Path) -> None:
-    """losses.png of a stage's log, from its tenth line on: every term by step."""
-    with open(folder / "log.jsonl", encoding="utf-8") as file:
-        lines = [record for record in map(json.loads, file) if "step" in record]
-    if len(lines) < 10:
-        return
-    steps = [line["step"] for line in lines]
-    names = [name for name in lines[-1] if name == "loss" or name.startswith("L_")]
-    curve(folder / "losses.png", {name: (steps, [line[name] for line in lines]) for name in names},
-          f"{folder.name}: the loss and its terms", "step")
-
-
-class Log:
-    """log.jsonl: one JSON object a line; a resumed run cuts it back. An epoch's is said as well."""
-
-    def __init__(self, folder: Path, kept_bytes: int = 0):
-        self.path = folder / "log.jsonl"
-        self.on = rank() == 0
-        if self.on:
-            with self._named():
-                folder.mkdir(parents=True, exist_ok=True)
-                self.path.touch()
-                os.truncate(self.path, min(kept_bytes, self.path.stat().st_size))
-
-    def __call__(self, **record: Any) -> None:
-        """Write one record; tensors of one number become numbers, rounded to six digits."""
-        if not self.on:
-            return
-        clean = {k: float(f"{float(v):.6g}") if isinstance(v, (float, Tensor)) else v
-                 for k, v in record.items()}
-        with self._named(), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(clean) + "\n")
-        epoch = clean.pop("epoch", None)
-        if epoch is not None and clean and "step" not in clean:
-            say(f"epoch {epoch}: {in_words(clean)}")
-
-    def size(self) -> int:
-        """Bytes written so far; a checkpoint keeps it so that a resumed log has no line twice."""
-        with self._named():
-            return self.path.stat().st_size if self.on else 0
-
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        """Around what the system may refuse: its word becomes a sentence."""
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
 
 
 def votes(*mine: int) -> list[int]:
@@ -142,6 +60,7 @@ class Run:
             take_up(state, last, self.head, model, optimizer, total)
             self.step, self.memo, self.saved_step = state["step"], state["memo"], state["step"]
         self.log = Log(folder, state["log_bytes"] if state else 0)
+        COURSE.begin(folder.name, self.step / max(1, total))
         if state:
             say(f"{folder}: going on at step {self.step} of {total}")
         elif rank() == 0:
@@ -177,10 +96,21 @@ class Run:
             self.save()
 
     def tell(self, terms: dict[str, Tensor]) -> None:
-        """One line on the screen: the step, its terms by the paper's names, samples a second."""
+        """One line on the screen: step, loss and its terms, samples a second, how long it takes.
+
+        The terms have the paper's names; where the loss has none, the monitors are said.
+        """
         numbers = {name: float(value) for name, value in terms.items()}
+        named = {name: x for name, x in numbers.items() if name == "loss" or name.startswith("L_")}
+        numbers = named if len(named) > 1 else numbers
         pace = (self.step - self.first) * self.samples / (time.monotonic() - self.began)
-        say(f"step {self.step:,} of {self.total:,}: {in_words(numbers)}; {pace:,.0f} samples/s")
+        say(f"step {self.step:,} of {self.total:,}: {in_words(numbers)}; {pace:,.0f} samples/s"
+            + f"; {self.to_go()}" * (self.step - self.first > 5))
+
+    def to_go(self) -> str:
+        """How long the stage and the command will take from here."""
+        own, whole = COURSE.left(self.step / self.total)
+        return f"{spelled(own)} to go" + f", {spelled(whole)} in all stages" * (whole > own)
 
     def _watch(self, terms: dict[str, Tensor]) -> None:
         """Note at which step each term was lost, on the device: `check` reads it now and then."""
@@ -215,10 +145,9 @@ class Run:
 
     def estimate(self) -> None:
         """After five steps: how long the rest will take, and a word on --quick above an hour."""
-        hours = (time.monotonic() - self.began) / 5 * (self.total - self.step) / 3600
-        hint = "; --quick shows the whole course in minutes" if hours > 1 else ""
-        say(f"{self.folder.name}: about {hours:.1f} hours to go{hint}" if hours > 0.1 else
-            f"{self.folder.name}: about {60 * hours:.1f} minutes to go")
+        long = COURSE.left(self.step / self.total)[1] > 3600
+        say(f"{self.folder.name}: about {self.to_go()}"
+            + "; --quick shows the whole course in minutes" * long)
 
     def save(self) -> None:
         """last.pt: weights, optimiser, step, memo and how long the log was; see `check`.

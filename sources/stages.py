@@ -17,6 +17,7 @@ from sources import Source, Targets, batches, data_name, hand_for, open_data, sc
 from sources.judging import Exam, Row, assess, predictions
 from sources.loader import gather
 from sources.predictors import Net, scored_on
+from sources.course import COURSE, SCORING
 from sources.progress import Run
 from sources.recipes import origin, stored_config
 from sources.runs import open_out, recall, remember
@@ -157,6 +158,7 @@ def report(cfg: Any, out: Path, names: list[str], device: torch.device,
     if not len(test):
         say(f"wrote {out}/finetune.pt; {cfg.finetune} has no {split} split, so nothing was scored")
         return
+    COURSE.begin(SCORING)
     hand = hand_for(cfg.finetune, cfg.mano)
     exam = Exam(test, cfg.finetune, hand, scored_on(device), cfg.workers)
     rows: dict[str, Row] = {}

@@ -16,11 +16,13 @@ import eval as judge
 import hamuco
 import handmim
 import peclr
+import sources.log
 import sources.progress
 import ti_net
 from common import UserError, load_checkpoint, parse, save_checkpoint, settle, share
 from group import on_processes
-from sources.progress import Log, Run
+from sources.log import Log
+from sources.progress import Run
 
 ROOT = Path(__file__).parent.parent
 FIRST = ["--data", "synthetic:calm", "--decoder-width", "4", "--probe-every", "0"]       # flags of pre-training
@@ -261,13 +263,13 @@ def test_the_screen_has_words_where_the_file_has_json(tmp_path, capsys, monkeypa
 
 def test_losses_are_drawn_once_there_are_ten_lines(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(sources.progress, "curve", lambda path, series, *words: drawn.append((path.name, series)))
+    monkeypatch.setattr(sources.log, "curve", lambda path, series, *words: drawn.append((path.name, series)))
     log = Log(tmp_path)
     for step in range(1, 11):
         assert not drawn
         log(step=step, epoch=0, lr=0.1, loss=2.0 * step, L_inv=1.0 * step, entropy=3.0)
         log(epoch=step)
-        sources.progress.draw_losses(tmp_path)
+        sources.log.draw_losses(tmp_path)
     steps = list(range(1, 11))
     assert drawn == [("losses.png", {"loss": (steps, [2.0 * s for s in steps]), "L_inv": (steps, [1.0 * s for s in steps])})]
 

@@ -12,6 +12,7 @@ import torch
 
 import ti_net
 from common import Stop, UserError, guarded, load_checkpoint
+from sources import course
 from sources.progress import Run
 from sources.runs import open_out
 
@@ -337,3 +338,29 @@ def test_a_process_whose_neighbour_ended_says_so_in_a_sentence(tmp_path):
     codes, said = both(tmp_path, course)
     assert codes == [2, 2] and said[0].splitlines()[-1] == "error: no"
     assert said[1].splitlines()[-1] == "error: another process of this job ended, and says why unless it was killed; go on with --resume"
+
+
+# ---- The stages of a command
+
+
+def test_the_stages_of_a_command_are_counted_and_the_time_of_later_ones_is_told(monkeypatch, capsys):
+    """Work 100, 50 and 25: a third of the first in 10 s leaves 20 s of it, and 75 x 0.3 s of the others; later stages
+    are as fast as all before: the second, begun half done, takes 5 s for 25, so 15 s a 125 of work."""
+    clock = [0.0]
+    monkeypatch.setattr(course.time, "monotonic", lambda: clock[0])
+    one = course.Course()
+    one.plan({"a": 100.0, "b": 50.0, "scoring": 25.0})
+    one.begin("a")
+    assert one.left(0.0) == (math.inf, math.inf)
+    clock[0] = 10.0
+    assert one.left(1 / 3) == pytest.approx((20, 20 + 75 * 0.3))
+    one.left(1.0)
+    one.begin("b", share=0.5)
+    clock[0] = 15.0
+    assert one.left(1.0) == pytest.approx((0, 25 * 15 / 125))
+    one.begin("scoring")
+    one.begin("elsewhere")
+    assert capsys.readouterr().out.splitlines() == ["stage 1 of 3: a", "stage 2 of 3: b", "stage 3 of 3: scoring"]
+    clock[0] = 17.0
+    assert one.left(0.5) == (2, 2)                                      # a stage that no plan knows
+    assert [course.spelled(s) for s in (40.4, 186, 8640)] == ["40 s", "3.1 min", "2.4 h"]
