@@ -1295,14 +1295,16 @@ def guarded(main: Callable[[], None]) -> int:
         for number in before:
             signal.signal(number, _on_signal)
         try:
-            main()
-            return 0
+            try:
+                main()
+                return 0
+            finally:                                     # the words get a line of their own
+                for bar in list(getattr(tqdm, "_instances", ())):
+                    bar.close()
         except (UserError, OSError, KeyboardInterrupt, RuntimeError) as error:
             for number in before:
                 signal.signal(number, signal.SIG_IGN)    # or torchrun's ends it before it has said
             said, code = _last_words(error)
-        for bar in list(getattr(tqdm, "_instances", ())):    # the words get a line of their own
-            bar.close()
         if rank() == 0 or said.startswith("error"):
             sys.stderr.write("\n" * (rank() > 0) + f"{said}\n")   # the bar is the first one's
         return code

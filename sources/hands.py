@@ -101,7 +101,7 @@ class Hands(Source):
         except UserError as error:
             if not path.exists():
                 raise
-            print(f"{error}; it becomes a black image without labels", file=sys.stderr)
+            print(f"\n{error}; it becomes a black image without labels", file=sys.stderr)
             return None
         size = shrunk * np.array(picture.size)
         (middle,), (side,) = self._squares(at, size[None], whole)

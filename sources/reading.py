@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 
 # common before torch: it settles how threads wait
@@ -18,6 +19,9 @@ from torch import Tensor
 AHEAD_BYTES = 1 << 30
 AHEAD = 64
 SHARED = "/dev/shm"                  # where batches wait; at most a quarter of what is free there
+
+# Those that wait for a disk may outnumber the cores, and --workers says how many there are.
+warnings.filterwarnings("ignore", message="This DataLoader will create")
 
 
 def read_items(data: Source, plan: list[Tensor], device: torch.device,

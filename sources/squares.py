@@ -102,7 +102,7 @@ class Kept:
                 _write(file, marks.tobytes())
         except OSError as error:
             self.full = True
-            print(f"{self.path}: {error.strerror}; pictures are kept no longer", file=sys.stderr)
+            print(f"\n{self.path}: {error.strerror}; pictures are kept no longer", file=sys.stderr)
             return
         self.checked[row:row + len(records)] = 0
 

@@ -271,6 +271,10 @@ def test_an_error_stands_on_a_line_of_its_own_below_the_progress_bar(tmp_path, c
     begin.run = begin(tmp_path)
     assert guarded(main) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: no"
+    begin.run = begin(tmp_path / "b")
+    with pytest.raises(ZeroDivisionError):                   # what is nobody's but ours: the traceback begins a line, too
+        guarded(lambda: step(begin.run) or 1 / 0)
+    assert capsys.readouterr().err.endswith("\n")
     assert guarded((tmp_path / "absent").read_text) == 2
     assert capsys.readouterr().err == f"error: [Errno 2] No such file or directory: '{tmp_path}/absent'\n"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and not Stop.asked
