@@ -1454,6 +1454,7 @@ def start(device: str) -> torch.device:
     except RuntimeError as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
     torch.backends.cudnn.allow_tf32 = True           # not matmul's: it would blur the 3x3 matrices
+    torch.backends.cudnn.benchmark = chosen.type == "cuda"       # the fastest kernel of each shape
     return chosen
 
 
@@ -1581,6 +1582,11 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
             layer.running_mean.copy_(new[:layer.num_features])
             layer.running_var.copy_(new[layer.num_features:])
             layer.num_batches_tracked.copy_(count)
+
+
+def fused_on(device: torch.device) -> bool | None:
+    """`fused` of an optimiser: all weights in one kernel on a GPU, elsewhere torch's own choice."""
+    return True if device.type == "cuda" else None
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

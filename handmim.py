@@ -104,9 +104,10 @@ from typing import Any, NamedTuple
 from common import (
     BACKBONES, N_JOINTS, N_VERTS, Flags, UserError, accumulate, arg, autocast,
     axis_angle_to_matrix, barrier, blur, build_backbone, constant, cpu_state, crop, decay_groups,
-    denormalise, flip, guarded, invert, jitter_colour, load_backbone, matrix_to_six_d, normal,
-    normalise, parallel, rank, rotate_z, rotation, save_checkpoint, say, settle, six_d_to_matrix,
-    solarise, steps_per_epoch, to_grey, transform, uniform, unwrapped, view_intrinsics, warp, world)
+    denormalise, flip, fused_on, guarded, invert, jitter_colour, load_backbone, matrix_to_six_d,
+    normal, normalise, parallel, rank, rotate_z, rotation, save_checkpoint, say, settle,
+    six_d_to_matrix, solarise, steps_per_epoch, to_grey, transform, uniform, unwrapped,
+    view_intrinsics, warp, world)
 from hand.drawing import draw_skeleton, sheet
 from sources import Source, batches, hand_for, open_data, training_steps
 from sources.photos import cut_photos
@@ -1068,7 +1069,7 @@ def pretrain(cfg: Config, out: Path, device: torch.device, file: str = "backbone
     if rank() == 0:
         draw_pretraining(folder, data, cfg, device, vit.side)
 
-    optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay))
+    optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay), fused=fused_on(device))
     net = parallel(model, device, cfg.compile)
     run = Run(folder, METHOD, cfg, model, optimizer, total=total)
     share = centre_share(cfg.teacher_momentum)
@@ -1147,7 +1148,7 @@ def finetune(cfg: Config, out: Path, row: str, device: torch.device) -> None:
         f"{parameters(model.rectifiers):.1f} M, {cfg.freeze_blocks} blocks frozen")
 
     about = {"method": METHOD, "row": row, "mean": mean}
-    optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay))
+    optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay), fused=fused_on(device))
     net = parallel(model, device, cfg.compile)
     run = Run(folder, METHOD, cfg, model, optimizer, total=cfg.epochs * steps)
     for epoch in range(run.step // steps, cfg.epochs):

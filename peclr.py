@@ -79,8 +79,8 @@ from typing import Any, NamedTuple
 from common import (
     BACKBONES, N_JOINTS, Flags, UserError, ViT, accumulate, arg, autocast, barrier,
     batch_statistics, blur, build_backbone, constant, cpu_state, crop, decay_groups, denormalise,
-    guarded, hsv_to_rgb, invert, load_backbone, load_checkpoint, normal, normalise, parallel,
-    permutation, project, rank, rgb_to_hsv, rotation, save_checkpoint, say, settle,
+    fused_on, guarded, hsv_to_rgb, invert, load_backbone, load_checkpoint, normal, normalise,
+    parallel, permutation, project, rank, rgb_to_hsv, rotation, save_checkpoint, say, settle,
     steps_per_epoch, to_grey, transform, translation, uniform, view_intrinsics, warp, world)
 from hand.drawing import draw_skeleton, label, picture, sheet
 from sources import Source, batches, open_data, training_steps
@@ -819,7 +819,7 @@ def finetune(cfg: Config, out: Path, row: str, device: torch.device) -> None:
     steps = steps_per_epoch(len(data), cfg.batch_size)
     total = cfg.epochs * steps
     warm = round(cfg.warmup_epochs * steps)
-    optimizer = torch.optim.Adam(decay_groups(model, cfg.weight_decay))
+    optimizer = torch.optim.Adam(decay_groups(model, cfg.weight_decay), fused=fused_on(device))
     net = parallel(model, device, cfg.compile)
     run = Run(folder, METHOD, cfg, model, optimizer, total)
     for epoch in range(run.step // steps, cfg.epochs):

@@ -75,8 +75,8 @@ from typing import Any, NamedTuple
 from common import (
     BACKBONES, Flags, UserError, accumulate, arg, autocast, axis_angle_to_matrix, barrier,
     batch_statistics, build_backbone, constant, cpu_state, crop, decay_groups, denormalise, flip,
-    guarded, invert, load_backbone, normalise, parallel, rank, rotation, save_checkpoint, say,
-    settle, steps_per_epoch, transform, translation, uniform, unwrapped, warp)
+    fused_on, guarded, invert, load_backbone, normalise, parallel, rank, rotation, save_checkpoint,
+    say, settle, steps_per_epoch, transform, translation, uniform, unwrapped, warp)
 from hand.drawing import draw_skeleton, sheet
 from sources import Source, batches, hand_for, open_data, training_steps
 from sources.course import COURSE, SCORING, judging, learning
@@ -622,7 +622,8 @@ def pretrain(cfg: Config, out: Path, device: torch.device) -> None:
         """What the probe reads: the latent of a stored picture, cut as for fine-tuning."""
         return model.backbone(hand_view(image, cfg.image_size)[0])[-1].mean((2, 3))
 
-    optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay), betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay), betas=(0.9, 0.95),
+                                  fused=fused_on(device))
     net = parallel(model, device, cfg.compile)
     run = Run(folder, METHOD, cfg, model, optimizer, total=cfg.epochs * steps)
     for epoch in range(run.step // steps, cfg.epochs):
@@ -678,7 +679,8 @@ def finetune(cfg: Config, out: Path, row: str, device: torch.device) -> None:
     say(f"fine-tuning {row} on {mean['labels']:,} labelled hands, validated on {len(val):,}")
 
     about = {"method": METHOD, "row": row, "mean": mean}
-    optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay), betas=(0.9, 0.999))
+    optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay), betas=(0.9, 0.999),
+                                  fused=fused_on(device))
     net = parallel(model, device, cfg.compile)
     run = Run(folder, METHOD, cfg, model, optimizer, total=cfg.epochs * steps)
     for epoch in range(run.step // steps, cfg.epochs):

@@ -1,8 +1,10 @@
 """Options, folders, logs, checkpoints, processes: what surrounds every training loop."""
 import dataclasses
+import inspect
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -373,6 +375,18 @@ def test_a_wrapped_network_is_unwrapped_and_synchronised_once_a_step(tmp_path):
 
 
 # ---- Processes
+
+
+def test_a_gpu_chooses_its_kernels_and_updates_all_weights_in_one_and_a_cpu_stays_as_it_is(monkeypatch):
+    """A device that does not exist, asked for by name; every script's AdamW or Adam takes `fused_on`."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *size, device=None: None)
+    for device, on in (("cpu", None), ("cuda", True)):
+        assert common.fused_on(common.start(device)) is on and torch.backends.cudnn.benchmark is bool(on)
+    for script in (ti_net, handmim, peclr, hamuco):
+        made = re.findall(r"torch\.optim\.Adam(?:W)?\((?:[^()]|\([^()]*\))*\)", inspect.getsource(script))
+        assert made and all("fused=" in call for call in made), script
 
 
 def test_micro_batches_must_be_shared_evenly(monkeypatch):

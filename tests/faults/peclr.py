@@ -81,7 +81,7 @@ BROKEN = [
     ("        say(load_backbone(model.backbone, cfg.init))\n    side", "        say(str(cfg.init))\n    side", LOOP),
     ("        say(load_backbone(model.backbone, cfg.init))\n        released", "        say(str(cfg.init))\n        released", TUNED),
     ("optimizer = Lars(decay_groups(model, cfg.weight_decay))", "optimizer = Lars(decay_groups(model, 0.0))", LOOP),
-    ("optimizer = torch.optim.Adam(decay_groups(model, cfg.weight_decay))", "optimizer = torch.optim.Adam(model.parameters())", TUNED),
+    ("optimizer = torch.optim.Adam(decay_groups(model, cfg.weight_decay),", "optimizer = torch.optim.Adam(model.parameters(),", TUNED),
     ("peak = cfg.lr * math.sqrt(cfg.batch_size / 2048)", "peak = cfg.lr", LOOP),
     ("rate = lr_at(run.step, cfg.lr, warm, total)", "rate = lr_at(step, cfg.lr, warm, total)", TUNED),
     ("    for epoch in range(run.step // steps, cfg.epochs):\n        model.train()\n        for step, micro_batches in training_steps(data, cfg, epoch, run.step % steps, device):",
