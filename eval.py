@@ -78,11 +78,12 @@ from sources import (
 from sources.exports import (
     Fused, bone_lengths, described, draw_moment, draw_photo, flat_name, obj_text, of_moment,
     overlay)
-from sources.index import PICTURES, Index, tight_box
+from sources.files import pictures_below
+from sources.index import PICTURES, Index
 from sources.interhand import INTERHAND_TO_OURS
 from sources.judging import LIMITS, Exam, Row, assess
-from sources.photos import VIDEOS, frames_of, write_video
-from sources.pictures import detect_hands, read_image
+from sources.photos import VIDEOS, found_hands, frames_of, write_video
+from sources.pictures import read_image
 from sources.predictors import Net, answer, scored_on
 from sources.protocols import PROTOCOLS, SUBMIT, SUBMITTED_PART
 from sources.reading import to_device
@@ -719,39 +720,12 @@ def hands_in(given: Path, cache: str) -> Index:
             if not len(index):
                 raise UserError(f"--images {given}: {root / 'labels.jsonl'} has no line for it")
     else:
-        files = [given.name] if not given.is_dir() else sorted(
-            file.relative_to(root).as_posix() for file in root.rglob("*")
-            if file.suffix.lower() in PICTURES)
-        index = detected(root, files)
+        files = pictures_below(root) if given.is_dir() else [given.name]
+        index = found_hands(root, files, Path(cache) / "index", "images")
     say(index.summary())
     if not len(index):
         raise UserError(f"--images {given}: holds no picture of a hand ({' '.join(PICTURES)})")
     return index
-
-
-def detected(root: Path, files: list[str]) -> Index:
-    """MediaPipe's hands in photos below `root`, boxes tight around its key points."""
-    rows, broken, empty = [], [], []
-    for file in tqdm(files, "finding hands", unit="photo"):
-        try:
-            photo = read_image(root / file)
-        except UserError as error:
-            say(str(error))
-            broken.append(file)
-            continue
-        found = detect_hands(photo)
-        rows += [(file, f"{file}#{k}", hand["side"], hand["uv"]) for k, hand in enumerate(found)]
-        empty += [] if found else [file]
-    paths, ids, side, uv = zip(*rows) if rows else ((), (), (), np.zeros((0, N_JOINTS, 2)))
-    uv = np.array(uv, float)
-    columns = {"paths": np.array([path.encode() for path in paths], bytes),
-               "id": np.array(ids, str), "side": np.array(side, str),
-               "uv_label": uv, "box": tight_box(uv)}
-    dropped = {"unreadable photos": len(broken), "photos without a hand": len(empty)}
-    notes = [f"{what}: {', '.join(names[:20])}"
-             for what, names in (("unreadable", broken), ("no hand in", empty)) if names]
-    return Index("images", str(root), columns, "detector",
-                 {reason: count for reason, count in dropped.items() if count}, notes)
 
 
 def with_cameras(index: Index) -> np.ndarray:

@@ -6,7 +6,7 @@ F@15 0.984, and of the same row of Table 2; nothing was run at that scale here. 
 5 (losses removed), Fig. 7 (frozen blocks) and ViT-B, ViT-L run from here too.
 
     python handmim.py --quick                                 minutes on a CPU, no data
-    python handmim.py --data freihand=DIR1 yt3d=DIR2 folder:photos=DIR3
+    python handmim.py --data freihand=DIR1 yt3d=DIR2 folder:hands=DIR3
     python handmim.py --init runs/handmim-freihand-yt3d-folder/backbone.pt --finetune freihand=DIR1
 
 DIR3 holds COCO 2017's train and unlabeled pictures, in which MediaPipe finds the hands (15).
@@ -78,8 +78,8 @@ Differs from the paper (it has no public code; "iBOT" is bytedance/ibot @da316d8
 14. Augmentation of fine-tuning is named without numbers: scale 1 +- 0.25, rotation 30 N degrees
     within 60 in six of ten (HandOccNet's), shift 0.05, jitter 0.2. Adam, constant rate, no decay;
     crop 1.2 x the hand's box.
-15. Photos. `--data folder:photos=DIR` finds hands by MediaPipe (Sec. 3.1); its crops count as
-    boxes. Of a picture without box or hand the centre square is stored, and views come from its
+15. Photos. `--data folder:hands=DIR` finds hands by MediaPipe (Sec. 3.1); boxes are those of its
+    key points. Of a picture without a box the centre square is stored, and views come from its
     middle 71 %.
 16. Data. The paper counts 221,602 pictures; each source's count is printed, so yours can be
     compared.
@@ -110,7 +110,6 @@ from common import (
     view_intrinsics, warp, world)
 from hand.drawing import draw_skeleton, sheet
 from sources import Source, batches, hand_for, open_data, training_steps
-from sources.photos import cut_photos
 from sources.course import COURSE, SCORING, judging, learning
 from sources.progress import Run
 from sources.recipes import row_name
@@ -1057,9 +1056,8 @@ def pretrain(cfg: Config, out: Path, device: torch.device, file: str = "backbone
     if cfg.init != "random":
         say(load_backbone(model.student.backbone, cfg.init))
         model.teacher.load_state_dict(model.student.state_dict())
-    specs = tuple(cut_photos(spec, cfg.root, cfg.cache, VIEW_MARGIN) for spec in cfg.data)
     stored = round(VIEW_STORE * cfg.image_size)
-    data = open_data(cfg, specs, "train", stored, VIEW_MARGIN, device)
+    data = open_data(cfg, cfg.data, "train", stored, VIEW_MARGIN, device)
     steps = steps_per_epoch(len(data), cfg.batch_size)
     total = cfg.epochs * steps
     say(f"pre-training {cfg.objective} on {len(data):,} pictures: ViT {parameters(vit):.1f} M "

@@ -215,7 +215,7 @@ def _read(cfg: Options, spec: str, split: str, size: int, margin: float, room: f
     place = place or cfg.root
     mano = both_hands(cfg.mano)
     plain = not (Path(place or "data/folder") / "labels.jsonl").is_file()
-    if name == "folder" and split == "train" and plain and not labelled:
+    if name == "folder" and split == "train" and (plain or part) and not labelled:
         split = "all"                         # nothing is ever tested on pictures without labels
     index = read_index(name, part, place, split, mano, Path(cfg.cache) / "index", unlabelled)
     if mano is None:

@@ -10,6 +10,7 @@ from common import N_JOINTS, UserError
 from sources.files import cached, data_folder, drop_unreadable, path_column, pictures_below
 from sources.index import PICTURES, DataSet, Index, tight_box
 from sources.parsing import intrinsics, numbers, one_of, parse_json, reading
+from sources.photos import found_hands
 
 import numpy as np
 
@@ -39,7 +40,8 @@ def _whole_pictures(root: Path, name: str, paths: list[str]) -> Index:
     return drop_unreadable(Index(name, str(root), columns))
 
 
-def index_folder(root: str | Path, split: str = "all", cache: str | Path | None = None) -> Index:
+def index_folder(root: str | Path, split: str = "all", part: str = "",
+                 cache: str | Path | None = None) -> Index:
     """Any folder tree of pictures, sorted, or the hands that its labels.jsonl lists.
 
     labels.jsonl has one object a hand: path, and optionally side, box [x, y, w, h] px, uv,
@@ -47,22 +49,34 @@ def index_folder(root: str | Path, split: str = "all", cache: str | Path | None 
     are left out; without a box the key points' tight box is taken, else the centre square. A
     confidence of 0 makes a key point unknown. Splits go by a hash of the path, so they stay put
     when the folder grows: train 90 %, val 5 %, test 5 %, or all. Pictures that cannot be read are
-    left out, named and counted. UserError: no folder, no picture, a line and what is wrong in it.
+    left out, named and counted. Part `hands` (or `photos`, as it was called) wants the hands that
+    MediaPipe finds in the pictures instead, see `found_hands`. UserError: no folder, no picture, no
+    hand, another part, a line and what is wrong in it.
     """
     root = data_folder(root, "folder")
     files = pictures_below(root)
     if not files:
         raise UserError(f"folder: {root} holds no picture ({' '.join(PICTURES)})")
-    if (root / "labels.jsonl").is_file():
+    if part not in ("", *FOUND):
+        raise UserError(f"folder:{part}: the part of a folder can be hands (those that MediaPipe "
+                        "finds)")
+    if part:
+        index = found_hands(root, files, cache or "cache/index", "folder hands")
+        if not len(index):
+            raise UserError(f"{index.summary()}; there is nothing to learn from in {root}")
+    elif (root / "labels.jsonl").is_file():
         index = _labelled(root, files, files=[*files, "labels.jsonl"], cache=cache)
     else:
         index = _whole_pictures(root, "folder", files, files=files, cache=cache)
+        index.notes.append("there is no labels.jsonl, so the middle square of each picture is cut; "
+                           "folder:hands=DIR cuts the hands that MediaPipe finds")
     first, last = {"all": (0, 100), "train": (0, 90), "val": (90, 95), "test": (95, 100)}[split]
     bucket = np.array([zlib.crc32(path) % 100 for path in index.columns["paths"].tolist()])
     index = index.take((bucket >= first) & (bucket < last))
-    return dataclasses.replace(index, name=f"folder {split}")
+    return dataclasses.replace(index, name=f"{index.name} {split}")
 
 
+FOUND = ("hands", "photos")                     # parts whose hands are found in the pictures
 LABELS = {"box": (4,), "uv": (N_JOINTS, 2), "confidence": (N_JOINTS,), "K": (3, 3),
           "joints": (N_JOINTS, 3)}
 

@@ -1,82 +1,113 @@
-"""Whole photos without boxes: hands found by MediaPipe and cut out, once (HandMIM Sec. 3.1)."""
+"""Whole photos without boxes, in which MediaPipe finds the hands, once; videos as their frames."""
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 # common before torch: it settles how threads wait
-from common import UserError, barrier, rank, say
-from sources import parse_data
-from sources.index import PICTURES
+from common import N_JOINTS, UserError, barrier, rank, say
+from sources.files import path_column
+from sources.index import Index, tight_box
 from sources.pictures import detect_hands, read_image
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 
-def cut_photos(spec: str, root: str, cache: str, margin: float) -> str:
-    """`folder:photos=DIR`: the hands in whole photos, cut out once -> `folder=CROPS`.
+def found_hands(root: Path, files: list[str], cache: str | Path, name: str) -> Index:
+    """The hands that MediaPipe finds in some photos below a folder, boxes tight around its points.
 
-    Other specs are returned as they are. Without DIR it is `root`, or data/folder. Crops (`margin`
-    x the key points' box, left hands mirrored) go to `cache`; photos seen before are not looked at
-    again. Raises UserError without the package mediapipe.
+    What it found is kept in `cache`, a line a photo, and a photo is looked at again only if it has
+    changed; so what was stopped goes on. Photos that cannot be read and those without a hand are
+    counted and named. UserError where MediaPipe is not installed.
     """
-    name, part, folder = parse_data(spec)
-    if (name, part) != ("folder", "photos"):
-        return spec
-    photos = Path(folder or root or "data/folder")
-    crops = Path(cache) / f"hands-{_digest(str(photos.resolve()))}"
+    place = os.path.realpath(root).encode("utf-8", "surrogateescape")
+    kept = Path(cache) / f"hands-{hashlib.sha1(place).hexdigest()[:16]}.jsonl"
     if rank() == 0:
-        _find_hands(photos, crops, margin)
+        _look(Path(root), files, kept)
     barrier()
-    return f"folder={crops}"
+    known = _looked_at(kept)
+    if missing := next((file for file in files if file not in known), ""):
+        raise UserError(f"--cache {kept}: does not know {missing}; all processes need one --cache")
+    rows: list[tuple[str, int, dict]] = []
+    broken: list[str] = []
+    empty: list[str] = []
+    for file in files:
+        hands = known[file]["hands"]
+        if hands is None:
+            broken.append(file)
+        elif not hands:
+            empty.append(file)
+        rows += [(file, k, hand) for k, hand in enumerate(hands or ())]
+    uv = np.array([hand["uv"] for *_, hand in rows], float).reshape(-1, N_JOINTS, 2)
+    columns = {"paths": path_column([file for file, *_ in rows]),
+               "id": np.array([f"{file}#{k}" for file, k, _ in rows], str),
+               "side": np.array([hand["side"] for *_, hand in rows], str),
+               "uv_label": uv, "box": tight_box(uv)}
+    dropped = {"unreadable photos": len(broken), "photos without a hand": len(empty)}
+    notes = [f"{what}: {', '.join(names[:20])}" + ", ..." * (len(names) > 20)
+             for what, names in (("unreadable", broken), ("no hand in", empty)) if names]
+    return Index(name, str(root), columns, "detector",
+                 {reason: count for reason, count in dropped.items() if count}, notes)
 
 
-def _find_hands(photos: Path, crops: Path, margin: float) -> None:
-    """Cut every hand in the photos below a folder; `crops`/seen.txt lists those done so far."""
-    files = sorted(p.relative_to(photos).as_posix() for p in photos.rglob("*")
-                   if p.suffix.lower() in PICTURES)
-    if not files:
-        raise UserError(f"folder:photos: {photos} holds no picture ({' '.join(PICTURES)})")
-    crops.mkdir(parents=True, exist_ok=True)
-    seen = crops / "seen.txt"
-    done = set(seen.read_text("utf-8", "surrogateescape").splitlines()) if seen.is_file() else set()
-    new = [file for file in files if file not in done]
-    if os.path.lexists(seen) and not seen.is_file():
-        raise UserError(f"--cache: {seen} is in the way; remove it")
-    with open(seen, "a", encoding="utf-8", errors="surrogateescape") as known:
-        for file in tqdm(new, "finding hands", unit="photo"):
-            try:
-                picture = read_image(photos / file)
-            except UserError as error:
-                say(f"{error}; left out")
-                continue
-            for k, hand in enumerate(detect_hands(picture)):
-                cut = _cut_hand(picture, hand["uv"], margin, left=hand["side"] == "left")
-                cut.save(crops / f"{_digest(file)}-{k}.jpg", quality=95)
-            print(file, file=known, flush=True)
-    hands = len(list(crops.glob("*.jpg")))
-    say(f"folder:photos: {len(files):,} photos in {photos}, {hands:,} hands found")
+def _look(root: Path, files: list[str], kept: Path) -> None:
+    """Look for hands in the photos that `kept` does not know as they are, and add a line for each.
+
+    A line is the checksum of what follows, and an object: path, stamp (size and time), and hands,
+    null for a photo that cannot be read. A line that was torn or changed is not there.
+    """
+    known = _looked_at(kept)
+    new = [file for file in files if known.get(file, {}).get("stamp") != _stamp(root / file)]
+    if not new:
+        return
+    if os.path.lexists(kept) and not kept.is_file():                    # a pipe would wait for ever
+        raise UserError(f"--cache: {kept} is in the way; remove it")
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with open(kept, "a", encoding="utf-8") as lines:
+            for file in tqdm(new, "finding hands", unit="photo"):
+                hands: list[dict] | None = None
+                try:
+                    photo = read_image(root / file)
+                except UserError as error:
+                    say(f"{error}; left out")
+                else:
+                    hands = [hand | {"uv": hand["uv"].tolist()} for hand in detect_hands(photo)]
+                text = json.dumps({"path": file, "stamp": _stamp(root / file), "hands": hands})
+                print(f"\n{zlib.crc32(text.encode()):08x} {text}", file=lines, flush=True)
+    except OSError as error:
+        raise UserError(f"--cache {kept}: cannot be written ({error.strerror})") from None
 
 
-def _digest(name: str) -> str:
-    """Sixteen hexadecimal digits of a name: 240,000 photos need more than 32 bits."""
-    return hashlib.sha1(name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+def _stamp(photo: Path) -> list[int]:
+    """What changes when a photo does: its size and time; [] where it is not there."""
+    try:
+        stat = photo.stat()
+    except OSError:
+        return []
+    return [stat.st_size, stat.st_mtime_ns]
 
 
-def _cut_hand(picture: np.ndarray, xy: np.ndarray, margin: float, left: bool) -> Image.Image:
-    """The square of margin x the box of key points (21, 2) px, at most 512 px, as a right hand."""
-    low, high = xy.min(0), xy.max(0)
-    side = margin * max(*(high - low), 2.0)
-    middle = (low + high) / 2 + 0.5                     # pixel centres to edges, as `crop` counts
-    box = [round(x) for x in (*(middle - side / 2), *(middle + side / 2))]
-    out = Image.fromarray(picture).crop(box)
-    out = out.resize((min(out.width, 512),) * 2, Image.Resampling.LANCZOS)
-    return ImageOps.mirror(out) if left else out
+def _looked_at(kept: Path) -> dict[str, dict[str, Any]]:
+    """What is known of photos, {path: {stamp, hands}}, from the lines that are whole."""
+    found: dict[str, dict[str, Any]] = {}
+    if not kept.is_file():
+        return found
+    for line in kept.read_bytes().splitlines():
+        mark, _, text = line.partition(b" ")
+        if mark != f"{zlib.crc32(text):08x}".encode() or not text:
+            continue
+        one = json.loads(text)
+        found[one["path"]] = one
+    return found
 
 
 # ---- Videos --------------------------------------------------------------------------------------

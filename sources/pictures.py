@@ -167,9 +167,10 @@ def _hand_detector() -> Any:
     try:
         from mediapipe.python.solutions.hands import Hands as Detector
     except ImportError:
-        raise UserError("finding hands in photos needs MediaPipe (pip install mediapipe==0.10.21); "
-                        "without it write labels.jsonl beside the photos, with path, side and box "
-                        "of each hand") from None
+        raise UserError("finding hands in photos needs MediaPipe (pip install --no-deps "
+                        "mediapipe==0.10.21, and what README names beside it); without it write "
+                        "labels.jsonl beside the photos, with path, side and box of each hand"
+                        ) from None
     return Detector(static_image_mode=True, max_num_hands=8)
 
 

@@ -390,9 +390,7 @@ def read_pictures(root: Path) -> dict:
 def write_photos(root: Path) -> None:
     for name in ("a.png", "b.jpg"):
         trees.save(root / "photos" / name, trees.noise(60, 90))
-    sources.photos.cut_photos("folder:photos", str(root / "photos"), str(root / "cache"), 1.7)
-    seen = next((root / "cache").glob("*/seen.txt"))
-    seen.write_text("a.png\n")
+    index_folder(root / "photos", "all", "hands", root / "cache")
 
 
 def found_hand(picture: np.ndarray) -> list[dict]:
@@ -401,9 +399,7 @@ def found_hand(picture: np.ndarray) -> list[dict]:
 
 
 def read_photos(root: Path) -> dict:
-    place = sources.photos.cut_photos("folder:photos", str(root / "photos"), str(root / "cache"), 1.7)
-    crops = sorted(Path(place.partition("=")[2]).glob("*.jpg"))
-    return {"told": len(crops), "n": len(crops), "crops": [read_image(file) for file in crops]}
+    return samples(index_folder(root / "photos", "all", "hands", root / "cache"))
 
 
 def write_labels(root: Path) -> None:
@@ -539,7 +535,7 @@ READERS = {
     "folder": Reader(write_labels, "labels.jsonl", reading(index_folder, "all"), True),
     "imagenet": Reader(write_imagenet, "train/a/*", reading(index_imagenet, "train")),
     "kept": Reader(write_kept, ".cache/*.npz", read_kept),
-    "photos": Reader(write_photos, "photos/*|cache/*/seen.txt", read_photos),
+    "photos": Reader(write_photos, "photos/*|cache/*.jsonl", read_photos),
     "pictures": Reader(write_pictures, "p/*", read_pictures),
     "mano": Reader(write_mano, "*.pkl", mano_numbers),
     "mano_plain": Reader(write_mano_plain, "*.pkl", mano_numbers),

@@ -411,7 +411,7 @@ def stand_in_detector(picture):
 def test_photos_give_overlays_json_and_meshes(here, monkeypatch, capsys):
     photos(here / "p")
     run_of(here / "run")
-    monkeypatch.setattr(judge, "detect_hands", stand_in_detector)
+    monkeypatch.setattr("sources.photos.detect_hands", stand_in_detector)
     judge.main(["run", "--images", "p", "--out", "o", "--obj", *HERE])
     said = capsys.readouterr().out
     assert "1 unreadable photos, 1 photos without a hand" in said and "broken.jpg" in said and "none.png" in said
@@ -454,7 +454,7 @@ def test_a_left_hand_in_a_photo_is_the_mirror_image_of_a_right_one(here):
 def test_one_photo_and_nothing_to_find(here, monkeypatch):
     photos(here / "p")
     run_of(here / "run")
-    monkeypatch.setattr(judge, "detect_hands", stand_in_detector)
+    monkeypatch.setattr("sources.photos.detect_hands", stand_in_detector)
     judge.main(["run", "--images", "p/sub/two.png", "--out", "o", *HERE])
     assert len(json.loads((here / "o" / "hands.json").read_text())) == 2
     with pytest.raises(UserError, match="holds no picture of a hand"):
@@ -484,7 +484,7 @@ def test_a_video_comes_back_with_its_hands_drawn(here, monkeypatch):
     """Frames without a hand are in it too, colours are not swapped, sides are even as the codec wants them."""
     run_of(here / "run")
     seen = {0: stand_in_detector, 90: lambda picture: [], 180: stand_in_detector}
-    monkeypatch.setattr(judge, "detect_hands", lambda picture: next(
+    monkeypatch.setattr("sources.photos.detect_hands", lambda picture: next(
         find for red, find in seen.items() if abs(red - int(picture[0, 0, 0])) < 9)(picture[:120]))
     video = StandInVideo()
     monkeypatch.setitem(sys.modules, "cv2", video)

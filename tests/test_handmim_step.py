@@ -412,7 +412,6 @@ def test_pretraining_loop_is_adamw_ema_and_centres_by_hand(monkeypatch, tmp_path
     """Five steps of 20: warm-up over 3, prototypes still for 2, a probe after 4, gradients clipped."""
     monkeypatch.chdir(tmp_path)
     init = first_weights("init.pt")
-    monkeypatch.setattr(handmim, "cut_photos", lambda spec, root, cache, margin: f"{spec}:{margin}{root}")
     data, opened = Few({"image": pictures(8)}), []
     monkeypatch.setattr(handmim, "open_data", lambda cfg, *given, **more: opened.append((*given, more)) or data)
     monkeypatch.setattr(handmim, "draw_pretraining", lambda *given: None)
@@ -425,7 +424,7 @@ def test_pretraining_loop_is_adamw_ema_and_centres_by_hand(monkeypatch, tmp_path
                       "--weight-decay", "4.0", "--teacher-momentum", "0.98", "--probe-every", "2", "--drop-path", "0.5",
                       "--prototypes", "12", "--head-hidden", "8", "--decoder-width", "2", "--init", "init.pt"])
     assert modes == [{True}] * 10 and len(probed) == 1
-    assert opened == [(("synthetic:1.7",), "train", 48, 1.7, CPU, {})]          # 1.5 x 32 px, 1.2 x sqrt(2) boxes
+    assert opened == [(("synthetic",), "train", 48, 1.7, CPU, {})]          # 1.5 x 32 px, 1.2 x sqrt(2) boxes
     epochs = [json.loads(line) for line in Path("run/pretrain-handmim/log.jsonl").read_text().splitlines() if "loss" not in line][1:]
     assert epochs == [{"epoch": 1}, {"epoch": 2, "probe_mpjpe_mm": 1.0}]
 

@@ -125,7 +125,7 @@ PECLR = (
 
 # ---- HandMIM -------------------------------------------------------------------------------------
 
-HANDS = "--data freihand=DIR1 yt3d=DIR2 folder:photos=DIR3"
+HANDS = "--data freihand=DIR1 yt3d=DIR2 folder:hands=DIR3"
 SIZES = (("Small", "vit_s"), ("Base", "vit_b"), ("Large", "vit_l"))
 TARGETS = (("FreiHAND", "freihand=DIR1"), ("HO3D", "ho3d=DIR4"))
 
