@@ -1032,9 +1032,9 @@ def rig_of(cfg: Config) -> Rig:
     return Rig(cfg.views, OUTLIERS if cfg.quick else 0.1, CROP / MARGIN)
 
 
-def open_rig(cfg: Config, split: str, device: torch.device, live: bool = False) -> Source:
+def open_rig(cfg: Config, split: str, device: torch.device, most: int | None = None) -> Source:
     """The moments of --data, or of training the share --data-fraction of them."""
-    data = open_data(cfg, cfg.data, split, stored_side(cfg), MARGIN, device, live=live,
+    data = open_data(cfg, cfg.data, split, stored_side(cfg), MARGIN, device, most=most,
                      rig=rig_of(cfg))
     if split == "train" and cfg.data_fraction < 1:
         keep = math.ceil(cfg.data_fraction * len(data))
@@ -1196,7 +1196,7 @@ def report(cfg: Config, out: Path, names: list[str], device: torch.device) -> No
         content = load_checkpoint(out / f"train-{name}" / "final.pt")
         models[name] = build(stored_config(Config, content["cfg"])).to(device).eval()
         models[name].load_state_dict(content["model"])
-    test = open_rig(cfg, "test", device, live=cfg.quick)
+    test = open_rig(cfg, "test", device, most=QUICK_TEST if cfg.quick else None)
     test = Rows(test, torch.arange(min(QUICK_TEST, len(test)))) if cfg.quick else test
     if not len(test):
         say(f"wrote {out}/finetune.pt; {' '.join(cfg.data)} has no test split, so nothing was "

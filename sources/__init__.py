@@ -34,8 +34,8 @@ The protocol (`Source`, in sources/loader.py). A source is all that a script kno
     source.gives(key)                        whether the data set holds numbers of that key
     source.name, source.box_source           for tables; annotated, joints, data set or detector
 
-A picture that breaks after it was indexed is named on stderr and becomes a black image whose labels
-are NaN and whose `has` is False: batches, and so resumed runs, stay the same.
+A picture that breaks after it was indexed is named on stderr and becomes a black image without
+labels: batches, and so resumed runs, stay the same.
 """
 from __future__ import annotations
 
@@ -158,26 +158,26 @@ def read_index(name: str, part: str, root: str, split: str, mano: dict | None = 
 
 def open_data(cfg: Options, specs: tuple[str, ...], split: str, size: int, margin: float,
               device: torch.device, labelled: bool = False, unlabelled: bool = False,
-              live: bool = False, rig: Rig | None = None) -> Source:
+              live: bool = False, rig: Rig | None = None, most: int | None = None) -> Source:
     """The data sets that --data or --finetune names, as one; prints what is in each.
 
     `size` and `margin` as in `Hands`. `labelled` keeps rows with a pose or joints, of these the
     share --label-fraction: the first of a seeded order, so smaller subsets lie inside larger ones.
     A label may have several pictures (column `hand`: FreiHAND's four backgrounds): all or none.
     `unlabelled` also keeps DexYCB's frames without a label (see `index_dexycb`); `live` renders
-    synthetic hands when they are asked for, also on a CPU. `rig` asks for multi-view samples.
-    Raises UserError for names, folders and layouts that are not what they should be.
+    synthetic hands when they are asked for, on a CPU too; else `most` are rendered beforehand, if
+    given. `rig` asks for multi-view samples. UserError for names, folders and layouts that are not
+    what they should be.
     """
     if cfg.root and len(specs) > 1:
-        raise UserError("--root names the folder of one data set; write NAME=DIR for each of "
-                        "several")
+        raise UserError("--root names the folder of one data set; give each of several NAME=DIR")
     room = 0 if split == "test" or live else cfg.keep       # what is looked at once is not kept
     live = live or (device.type != "cpu" and len(specs) == 1)
     found: list[Source] = []
     for spec in specs:
         if data_name(spec) == "synthetic":
             found.append(_rendered(cfg, spec, split, size, margin, rig or Rig(),
-                                   device if live else None))
+                                   device if live else None, most))
         else:
             found.append(_read(cfg, spec, split, size, margin, room, labelled, unlabelled, rig,
                                alone=len(specs) == 1))
@@ -194,7 +194,7 @@ def open_data(cfg: Options, specs: tuple[str, ...], split: str, size: int, margi
 
 
 def _rendered(cfg: Options, spec: str, split: str, size: int, margin: float, rig: Rig,
-              device: torch.device | None) -> Source:
+              device: torch.device | None, most: int | None) -> Source:
     """Synthetic hands, rendered as they are asked for on `device`, or once on the CPU."""
     part = parse_data(spec)[1]
     data = Synthetic(size, cfg.samples if split == "train" else None, cfg.seed, split, rig.views,
@@ -202,7 +202,7 @@ def _rendered(cfg: Options, spec: str, split: str, size: int, margin: float, rig
                      domain="A" if part in ("", "calm") else part, margin=margin,
                      outliers=rig.outliers, detector=rig.detector)
     if device is None:
-        data = Cached(data, Path(cfg.cache))
+        data = Cached(data, Path(cfg.cache), most)
     else:
         data.move(device)
     return Cameras(data, rig.cameras) if rig.cameras and rig.views > 1 else data

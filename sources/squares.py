@@ -73,10 +73,6 @@ class Kept:
         """Bytes of the file when all records are there."""
         return self._start + self.n * self.record.itemsize
 
-    def missing(self) -> int:
-        """Bytes that the file will still grow by, nearly."""
-        return int((self.marks == 0).sum()) * self.record.itemsize
-
     def read(self, row: int) -> np.void | None:
         """A record, in the file's own memory; None where it is not there, or not whole."""
         mark = self.marks[row]

@@ -134,7 +134,8 @@ class Synthetic(Source):
         self.occluders = occluders and not calm
         self.outliers = outliers
         self.detector = detector
-        self.settings = (size, self.samples, seed, part, views, calm, occluders, domain, margin,
+        kept = seed if part == "train" else 0           # val and test are the same for every seed
+        self.settings = (size, self.samples, kept, part, views, calm, occluders, domain, margin,
                          outliers, detector)
         self.name = f"synthetic-{domain}-{part}" + (f"-{seed}" if part == "train" else "")
         self.seed = zlib.crc32(self.name.encode())                        # the parts' own streams
@@ -484,10 +485,11 @@ class Cached(Source):
     The size is printed first. The file's name holds a hash of every parameter, the hand, the
     backgrounds and the first block as rendered now, so a stale file is never used. A killed run
     goes on where it stopped, and of several processes one renders while the others wait.
-    UserError where the disk has no room.
+    With `most` no more than the first samples are rendered beforehand, and others when they are
+    asked for. UserError where the disk has no room.
     """
 
-    def __init__(self, source: Synthetic, folder: str | Path):
+    def __init__(self, source: Synthetic, folder: str | Path, most: int | None = None):
         self.source = source
         self.name = source.name
         self.views = source.views
@@ -500,8 +502,9 @@ class Cached(Source):
             mark.update(source.backgrounds.numpy())
         path = Path(folder) / f"{source.name}-{mark.hexdigest()[:16]}.squares"
         self.kept = Kept(path, first.dtype, len(source))
-        if not self.kept.marks.all():
-            self._render()
+        count = len(source) if most is None else min(most, len(source))
+        if not self.kept.marks[:count].all():
+            self._render(count)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -515,18 +518,19 @@ class Cached(Source):
             out[key] = x
         return out
 
-    def _render(self) -> None:
-        """Render every block that is not there."""
+    def _render(self, count: int) -> None:
+        """Render every block of the first `count` samples that is not there."""
         kept = self.kept
-        print(f"rendering {kept.n} samples of {self.name} into {kept.path}: "
-              f"{kept.whole / 1e6:.0f} MB")
+        print(f"rendering {count} samples of {self.name} into {kept.path}: "
+              f"{kept.whole / 1e6 * count / kept.n:.0f} MB")
         with locked(kept.path.with_suffix(".lock")):
-            need = kept.missing()
+            gone = np.flatnonzero(kept.marks[:count] == 0)
+            need = len(gone) * kept.record.itemsize
             free = shutil.disk_usage(kept.path.parent).free
             if need > free:
                 raise UserError(f"--cache {kept.path.parent}: {need / 1e6:.0f} MB needed, "
                                 f"{free / 1e6:.0f} MB free; lower --samples or --image-size")
-            blocks = np.unique(np.flatnonzero(kept.marks == 0) // BLOCK).tolist()
+            blocks = np.unique(gone // BLOCK).tolist()
             for block in tqdm(blocks, "rendering", unit="block"):
                 self._keep(block)
 

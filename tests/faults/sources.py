@@ -1,6 +1,8 @@
 """Faults of sources: file, line as it stands, line as broken, the test file and the part of the test's name."""
 
 FAULTS = [
+    ("sources/synthetic.py", 'kept = seed if part == "train" else 0', "kept = seed", "sources/test_synthetic.py", "all_seeds_share"),
+    ("sources/synthetic.py", "count = len(source) if most is None else min(most, len(source))", "count = len(source)", "sources/test_synthetic.py", "all_seeds_share"),
     # which samples, in which order
     ("sources/steps.py", "order = torch.cat([order + k * again for k in", "order = torch.cat([order for k in", "sources/test_loader.py", "taken_again"),
     ("sources/steps.py", "micro = order.view(steps, -1, cfg.micro_batch)[first:,", "micro = order.view(steps, -1, cfg.micro_batch)[:steps - first,",

@@ -61,7 +61,7 @@ def test_what_is_kept_is_what_was_read_to_the_bit(tmp_path, workers, capsys):
     assert all(map(equal, read(again, workers), want))
     said = capsys.readouterr()
     assert "4 of 4 are there" in said.out and "black" not in said.err
-    assert kept.missing() == 0 and kept.path.stat().st_size == kept.whole
+    assert kept.marks.all() and kept.path.stat().st_size == kept.whole
 
 
 def test_moments_of_several_cameras_are_kept_too(tmp_path):

@@ -258,6 +258,20 @@ def test_cache_equals_live_rendering_and_is_written_once(tmp_path, capsys):
     assert {p.name for p in tmp_path.iterdir()} == {cached.kept.path.name, cached.kept.path.with_suffix(".lock").name}
 
 
+def test_all_seeds_share_one_cache_of_the_test_hands_and_what_one_rendered_of_them_is_there_for_another(tmp_path, monkeypatch):
+    """Of 56 the first 20 are asked for, two blocks of 16; a later run renders the other two; one that is read in passing, too."""
+    monkeypatch.setattr("sources.synthetic.LENGTH", {"val": 16, "test": 56})
+    some = Cached(Synthetic(64, None, 7, "test"), tmp_path, most=20).kept
+    assert np.flatnonzero(some.marks).tolist() == list(range(32))
+    data = Synthetic(64, None, 0, "test")
+    drawn, plain = [], data.block
+    data.block = lambda index: drawn.append(int(index[0])) or plain(index)
+    early = Cached(data, tmp_path, most=20)
+    assert early.kept.path == some.path and torch.equal(early.batch(torch.tensor([50]))["image"], data.batch(torch.tensor([50]))["image"])
+    assert drawn == [0, 48, 48]                                 # 0: the block that names the file
+    assert Cached(data, tmp_path).kept.marks.all() and drawn == [0, 48, 48, 0, 32]
+
+
 def test_cache_of_other_settings_is_another_file(tmp_path):
     kinds = [{}, {"margin": 1.6}, {"calm": True}, {"occluders": False}, {"seed": 1},
              {"part": "val"}, {"domain": "B"}, {"outliers": 0.2}]
