@@ -35,6 +35,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -45,16 +46,18 @@ from hand.official import MANO_SHAPES, load_mano
 from sources import Source, reading, training_steps
 from sources.folder import index_folder
 from sources.hands import Hands, enough_px
+from sources.index import Index
 from sources.judging import Exam, values_of
 from sources.predictors import facts
 from sources.protocols import PROTOCOLS
 from sources.reading import read_items
 from sources.squares import keep_squares
 from sources.synthetic import Cached, Synthetic
+from sources.views import Views
 from benches.asking import bench_compile, bench_launches, bench_precision
 from benches.profiling import bench_profile
 from benches.starting import bench_rss, bench_start
-from benches.tables import bench_hours, bench_memory
+from benches.tables import PEAK, bench_hours, bench_memory
 import hamuco
 import handmim
 import peclr
@@ -244,6 +247,16 @@ def bench_peclr() -> None:
     t = interleaved({"ours": lambda: peclr.make_views(batch, cfg, 0), "pil": lambda: pil_views(batch, cfg)}, 5)
     print(f"peclr views at 128 px: {64 / t['ours']:.0f} images/s, with Pillow one by one {64 / t['pil']:.0f}: "
           f"x{t['pil'] / t['ours']:.2f}, bar 1.5")
+    images = torch.rand(32, 3, 224, 224)
+
+    def by_norm():
+        with mock.patch.object(torch, "hypot", lambda x, y: torch.stack([x, y], 2).norm(dim=2)):
+            return peclr.sobel(images)
+
+    assert torch.allclose(by_norm(), peclr.sobel(images), atol=1e-6)
+    t = interleaved({"hypot": lambda: peclr.sobel(images), "norm": by_norm}, 3)
+    print(f"peclr Sobel of 32 pictures at 224 px: {1000 * t['hypot']:.0f} ms, with a norm over the third axis {1000 * t['norm']:.0f} ms: "
+          f"x{t['norm'] / t['hypot']:.1f}")
     with tempfile.TemporaryDirectory() as folder:
         side = round(peclr.VIEW_STORE * 128)
         data = Cached(Synthetic(side, 32, calm=True, margin=peclr.VIEW_MARGIN), folder)
@@ -302,9 +315,14 @@ def bench_handmim() -> None:
         handmim.collapse_monitors(out.teacher, model.centre, 0.04)
 
     t = interleaved({"views": lambda: handmim.make_views(batch, cfg, 0, 14), "losses": losses,
-                     "step": lambda: handmim.pretrain_step(model, batch, cfg, 0)["loss"].backward()}, 2)
+                     "step": lambda: handmim.pretrain_step(model, batch, cfg, 0)["loss"].backward(),
+                     "masks": lambda: handmim.draw_masks(torch.arange(64), 14, cfg, 0)}, 2)
     print(f"handmim: a step of {n} pictures {t['step']:.2f} s, of it views and masks {t['views'] / t['step']:.1%}, "
           f"losses {t['losses'] / t['step']:.1%}; bar 10 % together")
+    gpu = {name: 64 * 88.5e9 / (0.25 * peak * 1e12) for name, peak in PEAK.items()}            # as `hours` extrapolates
+    print(f"handmim: masks of 64 pictures, drawn on the host {1000 * t['masks']:.1f} ms: {t['masks'] * n / 64 / t['step']:.2%} of a CPU's "
+          f"step; of an extrapolated one {', '.join(f'{t_mask:.0%} ({name})' for name, t_mask in ((k, t['masks'] / v) for k, v in gpu.items()))}"
+          ", while the GPU computes")
     ours, printed = handmim.Decoder(384, 4, 14, 32), Literal(384, 4, 14, 32)
     printed.load_state_dict(ours.state_dict())
     taps = [torch.randn(n, 196, 384, requires_grad=True) for _ in range(4)]
@@ -420,6 +438,19 @@ def bench_feed() -> None:
         size = {px: 3 * px ** 2 * cfg.batch_size * cfg.views / 1e6 for px in read}
         print(f"feed HanCo's 224 px pictures: squares of {few} px {1e3 * t[few] / 32:.1f} ms a picture and {size[few]:.0f} MB a step, of "
               f"{wide} px {1e3 * t[wide] / 32:.1f} ms and {size[wide]:.0f} MB: x{t[wide] / t[few]:.1f}, x{size[wide] / size[few]:.1f}")
+    n, few = 512, 64                                       # moments of eight cameras, as HanCo has them
+    rng = np.random.default_rng(0)
+    shapes = {"joints": (21, 3), "uv": (21, 2), "uv_label": (21, 2), "confidence": (21,), "K": (3, 3), "pose": (48,), "shape": (10,),
+              "trans": (3,), "cameras": (4, 4)}
+    columns = {key: rng.random((8 * n, *shape), np.float32) for key, shape in shapes.items()}
+    columns |= {"paths": np.full(8 * n, b"a.jpg"), "side": np.full(8 * n, "right"), "moment": np.repeat(np.arange(n).astype(str), 8),
+                "camera": np.tile(np.arange(8), n), "box": np.tile(np.float32([60, 60, 104, 104]), (8 * n, 1))}
+    data = Views(Hands(Index("hanco", ".", columns), 229, 2.2), 8)
+    loop = lambda: [data.targets(torch.tensor([row])) for row in range(few)]
+    t = interleaved({"columns": lambda: data.targets(torch.arange(n)), "rows": loop}, 3)
+    rate = {"columns": n / t["columns"], "rows": few / t["rows"]}
+    print(f"feed labels of HanCo's moments, for the mean hand before step 1: columns at once {rate['columns']:.0f} moments/s, one by one "
+          f"{rate['rows']:.0f}: x{rate['columns'] / rate['rows']:.0f}; 16,384 of them {16384 / rate['columns']:.1f} s", flush=True)
     cfg, steps = peclr.Config(batch_size=16, micro_batch=1, workers=4), {}
     for name, ahead, take in (("all at once, 8 ahead", 8, list), ("one by one", 64, iter)):
         reading.AHEAD = ahead

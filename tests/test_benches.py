@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 
 from benches.counting import apart
 from benches.measuring import peak_of
+from benches.profiling import PARTS, seconds_of
 from benches.stages import STAGES, batch_of, chosen
 from common import UserError
+import handmim
 
 
 BYTES = dict(image_size=64, backbone="vit_mini", batch_size=16, micro_batch=16, precision="fp32")
@@ -67,6 +70,25 @@ def test_every_view_of_a_moment_is_counted(counted):
     """ResNet-18 at 64 px: 1.81 GMAC at 224 px, the same a pixel, in each of 8 views; the rest of HaMuCo is small beside."""
     encoders = 3 * 2 * 1.81e9 * (64 / 224) ** 2 * 8
     assert encoders < counted[2] / 2 < 2 * encoders
+
+
+def test_a_profile_s_parts_make_the_step_and_what_is_outside_the_network_is_found(monkeypatch, tmp_path):
+    """Views that idle for 0.2 s of processor time are found as views, and the parts' sum is the clock's."""
+    stage, views = STAGES["handmim:finetune"], handmim.make_crops
+    cfg = stage.config(image_size=32, backbone="vit_mini", batch_size=2, micro_batch=2, precision="fp32", workers=0)
+
+    def slow(*words):
+        began = time.process_time()
+        while time.process_time() < began + 0.2:
+            pass
+        return views(*words)
+
+    monkeypatch.setattr(handmim, "make_crops", slow)
+    began = time.perf_counter()
+    spent, bare, peak = seconds_of(stage, cfg, torch.device("cpu"), str(tmp_path), rounds=1)
+    took = time.perf_counter() - began
+    assert set(spent) <= set(PARTS) and all(part in spent for part in ("data", "views", "forward", "backward", "optimiser"))
+    assert 0.2 < spent["views"] < sum(spent.values()) < took and 0 < bare < took and peak > 2 ** 20
 
 
 def test_what_is_counted_apart_comes_back_or_fails_aloud():

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import common
-from steps import STAGES, samples_of, stage_of, watched
+import peclr
+from steps import STAGES, Watch, samples_of, stage_of, watched
 
 
 # Operators forward, views and losses included, with head-room; numbers read by the host. HandMIM asks which patches are
@@ -20,7 +21,17 @@ def test_a_step_asks_little_of_a_gpu(script, stage):
     watch = watched(script, stage)
     most, reads = ASKED[f"{script} {stage}"]
     assert dict(watch.reads) == reads and watch.copies == 0
-    assert most / 2 < watch.operators < most
+    assert most / 2 < watch.operators < most and watch.norms == 0
+
+
+def test_no_norm_of_sobel_s_is_slow():
+    picture = torch.rand(2, 3, 8, 8)
+    with Watch(0) as watch:
+        peclr.sobel(picture)
+    assert watch.norms == 0
+    with Watch(0) as watch:
+        picture.norm(dim=1), picture.norm(dim=(0, 2)), picture.norm(dim=-1), picture.norm()
+    assert watch.norms == 2
 
 
 @pytest.mark.filterwarnings("ignore")
