@@ -132,9 +132,9 @@ IDLE = {                     # what has nothing left to do beside a variant
 }
 
 _QUICK = dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, batch_size=8,
-              micro_batch=8, samples=1536, views=4, lr=1e-3, alpha=0.1, gamma=10.0, augment=0.1,
+              micro_batch=8, samples=1024, views=4, lr=1e-3, alpha=0.1, gamma=10.0, augment=0.1,
               workers=0)
-QUICK = {"single_view": _QUICK | dict(epochs=6), "hamuco": _QUICK | dict(epochs=3, warm_epochs=1)}
+QUICK = {"single_view": _QUICK | dict(epochs=4), "hamuco": _QUICK | dict(epochs=3, warm_epochs=1)}
 
 
 @dataclasses.dataclass
@@ -1020,8 +1020,6 @@ def train(cfg: Config, folder: Path, model: HaMuCo, data: Source, device: torch.
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             run.advance(sums, epoch, lr=rate, may_save=step + 1 < steps)
-        if cfg.quick and 2 * (epoch + 1) == epochs and rank() == 0:
-            save_checkpoint(folder / "half.pt", cpu_state(model.backbone))
         run.save()
     if epochs == 0:                                        # released weights, as they are
         run.save()
@@ -1336,36 +1334,32 @@ def checked(cfg: Config, given: set[str]) -> Config:
 
 
 def stage_config(given: dict[str, Any], alone: bool = False) -> Config:
-    """The options of a training, or of --quick's single-view baseline, which is trained `alone`."""
-    if alone:                     # twice the epochs, since the full network goes on from its middle
-        whole = stage_config(given)
-        given = given | dict(variant=("single-view",), rounds=1, mask_epochs=0,
-                             epochs=2 * (whole.epochs + whole.mask_epochs))
+    """The options of a training, or of --quick's single-view stage, which is trained `alone`."""
+    if alone:
+        given = given | dict(variant=("single-view",), rounds=1, mask_epochs=0)
     sizes = "single_view" if "single-view" in given.get("variant", ()) else "hamuco"
     return checked(settle(Config, given, sizes, QUICK), set() if alone else set(given))
 
 
 def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
-    """One training, or with --quick the single-view baseline before it; then the report.
+    """One training, then the report.
 
-    There the back-bone goes on from where the baseline's was after half of its epochs, in the place
-    of a long warm-up, so both have seen as many pictures in the end; --init says otherwise.
+    With --quick a back-bone learns from single views first, in the place of a long warm-up, for
+    they cost a third; --init says otherwise.
     """
     cfg = stage_config(given)
     every = [cfg]
-    if cfg.quick and "single-view" not in cfg.variant:
+    if cfg.quick and "single-view" not in cfg.variant and "init" not in given:
         every = [stage_config(given, alone=True), cfg]
-    names = [row_of(one.variant) for one in every]
-    work = {stage_name(name, k): learning(one, one.views, val=False)
-            for name, one in zip(names, every) for k in range(1, one.rounds + 1)}
-    COURSE.plan(work | {SCORING: float(cfg.views * len(every) * QUICK_TEST)})
+    work = {stage_name(row_of(one.variant), k): learning(one, one.views, val=False)
+            for one in every for k in range(1, one.rounds + 1)}
+    COURSE.plan(work | {SCORING: float(cfg.views * QUICK_TEST)})
     if len(every) > 1:
-        fit(every[0], out, names[0], device)
-        half = out / f"train-{names[0]}" / "half.pt"
-        if "init" not in given and half.is_file():
-            cfg = dataclasses.replace(cfg, init=str(half))
-    fit(cfg, out, names[-1], device)
-    report(cfg, out, names, device)
+        row = row_of(every[0].variant)
+        fit(every[0], out, row, device)
+        cfg = dataclasses.replace(cfg, init=str(out / f"train-{row}" / "final.pt"))
+    fit(cfg, out, row_of(cfg.variant), device)
+    report(cfg, out, [row_of(cfg.variant)], device)
 
 
 def main(argv: list[str] | None = None) -> None:

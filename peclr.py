@@ -116,8 +116,8 @@ VARIANTS = {
 }
 
 SMALL = dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, samples=3072, workers=0)
-QUICK = {"pretrain": SMALL | dict(epochs=4, batch_size=128, micro_batch=128, warmup_epochs=0.2),
-         "finetune": SMALL | dict(epochs=3, batch_size=64, micro_batch=64, lr=1.5e-3)}
+QUICK = {"pretrain": SMALL | dict(epochs=2, batch_size=128, micro_batch=128, warmup_epochs=0.2),
+         "finetune": SMALL | dict(epochs=10, batch_size=32, micro_batch=32, lr=1e-3)}
 PROBE = dict(epochs=50)                      # with --freeze: the authors' earlier project
 QUICK_PROBE = dict(epochs=3, lr=5e-3)
 
@@ -736,8 +736,8 @@ def stage_name(cfg: Config) -> str:
     return "-".join((cfg.objective, *cfg.variant))
 
 
-def pretrain(cfg: Config, out: Path, device: torch.device) -> Path:
-    """Sec. 3.2 on pictures without labels; returns OUT/backbone.pt (--quick: SimCLR's beside)."""
+def pretrain(cfg: Config, out: Path, device: torch.device) -> None:
+    """Sec. 3.2 on pictures without labels; writes OUT/backbone.pt."""
     torch.manual_seed(cfg.seed)
     name = stage_name(cfg)
     folder = out / f"pretrain-{name}"
@@ -784,13 +784,10 @@ def pretrain(cfg: Config, out: Path, device: torch.device) -> Path:
         run.save()
     if cfg.epochs == 0:
         run.save()
-    beside = cfg.quick and cfg.objective != "peclr"
-    file = out / (f"backbone-{cfg.objective}.pt" if beside else "backbone.pt")
     if rank() == 0:
-        save_checkpoint(file, cpu_state(model.backbone))
+        save_checkpoint(out / "backbone.pt", cpu_state(model.backbone))
     barrier()
-    say(f"wrote {file}")
-    return file
+    say(f"wrote {out / 'backbone.pt'}")
 
 
 def finetune(cfg: Config, out: Path, row: str, device: torch.device) -> None:
@@ -944,34 +941,24 @@ def finetune_config(given: dict[str, Any]) -> Config:
 
 
 def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
-    """One stage, or with --quick all: both objectives, then every row frozen and end to end."""
+    """One stage, or with --quick both."""
+    work: dict[str, float] = {}
     if given.get("quick"):
-        every = [settle(Config, given | {"objective": objective}, "pretrain", QUICK)
-                 for objective in ("simclr", "peclr")]
-        target = given.get("finetune") or every[0].data[0]
-        tuned = {freeze: finetune_config(given | {"finetune": target, "freeze": freeze})
-                 for freeze in (True, False)}
-        names = ("scratch", *(cfg.objective for cfg in every))
-        COURSE.plan({
-            **{f"pretrain-{stage_name(cfg)}": learning(cfg, 2, val=False) for cfg in every},
-            **{f"{stage}-{row}": learning(tuned[freeze], passes) for row in names
-               for stage, freeze, passes in (("probe", True, 1 / 3), ("finetune", False, 1))},
-            SCORING: judging(2 * len(names))})
-        inits = {"scratch": "random"}
-        inits |= {cfg.objective: str(pretrain(cfg, out, device)) for cfg in every}
-        for row, init in inits.items():
-            for cfg in tuned.values():
-                finetune(dataclasses.replace(cfg, init=init), out, row, device)
-        report(cfg, out, list(inits), device, build, stored_side(cfg), MARGIN)
-    elif given.get("finetune"):
-        cfg = finetune_config(given)
-        row = row_name(cfg.init, cfg.row)
-        stage = "probe" if cfg.freeze else "finetune"
-        COURSE.plan({f"{stage}-{row}": learning(cfg), SCORING: judging(1)})
-        finetune(cfg, out, row, device)
-        report(cfg, out, [row], device, build, stored_side(cfg), MARGIN)
-    else:
-        pretrain(settle(Config, given, "pretrain", QUICK), out, device)
+        first = settle(Config, given, "pretrain", QUICK)
+        given = given | {"init": str(out / "backbone.pt"),
+                         "finetune": given.get("finetune") or first.data[0],
+                         "row": given.get("row") or stage_name(first)}
+        work = {f"pretrain-{stage_name(first)}": learning(first, 2, val=False)}
+    elif not given.get("finetune"):
+        return pretrain(settle(Config, given, "pretrain", QUICK), out, device)
+    cfg = finetune_config(given)
+    row = row_name(cfg.init, cfg.row)
+    stage = "probe" if cfg.freeze else "finetune"
+    COURSE.plan(work | {f"{stage}-{row}": learning(cfg), SCORING: judging(1)})
+    if work:
+        pretrain(first, out, device)
+    finetune(cfg, out, row, device)
+    report(cfg, out, [row], device, build, stored_side(cfg), MARGIN)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -119,10 +119,11 @@ VARIANTS = {
 
 QUICK = {
     "pretrain": dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, epochs=1,
-                     batch_size=64, micro_batch=64, samples=2240, decoder_width=32, probe_every=0,
+                     batch_size=64, micro_batch=64, samples=1024, decoder_width=32, probe_every=0,
                      workers=0),
-    "finetune": dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, epochs=6,
-                     batch_size=64, micro_batch=64, samples=2240, workers=0)}
+    "finetune": dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, epochs=15,
+                     batch_size=32, micro_batch=32, lr=6e-3, warmup_epochs=1.0, samples=3072,
+                     workers=0)}
 
 
 @dataclasses.dataclass
@@ -508,6 +509,12 @@ class HandNet(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
         self.mano = hand_for(cfg.finetune, cfg.mano)
+        self.register_buffer("boxed", torch.tensor(True))
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *more: Any) -> None:
+        """Networks of before have no `boxed`: at camera 0 their wrist is central."""
+        state.setdefault(prefix + "boxed", torch.tensor(False))
+        super()._load_from_state_dict(state, prefix, *more)
 
     def forward(self, crops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 3, S, S) normalised -> theta (B, 48) rad, beta (B, 10), camera (B, 3)."""
@@ -521,9 +528,13 @@ class HandNet(nn.Module):
     def project(self, camera: Tensor, points: Tensor) -> Tensor:
         """Weak perspective: wrist-rooted points (B, N, 3) m -> (B, N, 2) px of the crop.
 
-        camera = (log scale, tx, ty); at 0 a metre spans ten half crops and the wrist is central.
+        camera = (log scale, tx, ty); at 0 the points' box lies where the crop has the hand's.
         """
-        xy = 10 * camera[:, None, :1].exp() * points[..., :2] + camera[:, None, 1:]
+        low, high = points[..., :2].amin(1, keepdim=True), points[..., :2].amax(1, keepdim=True)
+        side = (high - low).amax(-1, keepdim=True).clamp(min=1e-3)
+        xy = 2 / CROP * (points[..., :2] - (low + high) / 2) / side
+        xy = torch.where(self.boxed, xy, 10 * points[..., :2])         # half crops
+        xy = camera[:, None, :1].exp() * xy + camera[:, None, 1:]
         return (self.size - 1) / 2 + self.size / 2 * xy
 
     def predict(self, batch: dict) -> dict[str, Tensor]:
@@ -766,30 +777,24 @@ def element_name(element: Element) -> str:
 
 
 def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
-    """One stage, or with --quick all of them."""
-    if given.get("finetune") and not given.get("quick"):
-        cfg = settle(Config, given, "finetune", QUICK)
-        rows = [row_name(cfg.init, cfg.row)]
-        COURSE.plan({f"finetune-{rows[0]}": learning(cfg), SCORING: judging(1)})
-        finetune(cfg, out, rows[0], device)
-        report(cfg, out, rows, device, build, stored_side(cfg), MARGIN)
-        return
-    before = settle(Config, given, "pretrain", QUICK)
-    if not given.get("quick"):
-        pretrain(before, out, device)
-        return
-    target = given.get("finetune") or before.data[0]
-    name = "-".join((METHOD, *before.variant))
-    inits = {"scratch": "random", name: str(out / "backbone.pt")}
-    rows = {row: settle(Config, given | {"init": init, "finetune": target}, "finetune", QUICK)
-            for row, init in inits.items()}
-    COURSE.plan({f"pretrain-{name}": learning(before, PICTURES, val=False),
-                 **{f"finetune-{row}": learning(cfg) for row, cfg in rows.items()},
-                 SCORING: judging(len(rows))})
-    pretrain(before, out, device)
-    for row, cfg in rows.items():
-        finetune(cfg, out, row, device)
-    report(cfg, out, list(rows), device, build, stored_side(cfg), MARGIN)
+    """One stage, or with --quick both."""
+    work: dict[str, float] = {}
+    if given.get("quick"):
+        first = settle(Config, given, "pretrain", QUICK)
+        name = "-".join((METHOD, *first.variant))
+        given = given | {"init": str(out / "backbone.pt"),
+                         "finetune": given.get("finetune") or first.data[0],
+                         "row": given.get("row") or name}
+        work = {f"pretrain-{name}": learning(first, PICTURES, val=False)}
+    elif not given.get("finetune"):
+        return pretrain(settle(Config, given, "pretrain", QUICK), out, device)
+    cfg = settle(Config, given, "finetune", QUICK)
+    row = row_name(cfg.init, cfg.row)
+    COURSE.plan(work | {f"finetune-{row}": learning(cfg), SCORING: judging(1)})
+    if work:
+        pretrain(first, out, device)
+    finetune(cfg, out, row, device)
+    report(cfg, out, [row], device, build, stored_side(cfg), MARGIN)
 
 
 def main(argv: list[str] | None = None) -> None:

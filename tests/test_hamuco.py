@@ -1104,19 +1104,15 @@ def test_a_rig_without_truth_prints_scale_free_numbers_only(tmp_path):
     assert rows["dlt"]["label_px_crop"] < 0.1                                  # exact labels, exactly met
 
 
-def test_quick_trains_the_baseline_first_and_hands_its_half_trained_backbone_on(tmp_path, few_tests):
+def test_quick_begins_with_single_views_and_goes_on_from_their_backbone(tmp_path, few_tests):
     content = run(tmp_path / "a", "--quick", "--image-size", "32", "--warm-epochs", "0")
-    half = torch.load(tmp_path / "a" / "train-single_view" / "half.pt", weights_only=True)
     config = json.loads((tmp_path / "a" / "train-hamuco" / "config.json").read_text())["cfg"]
-    assert config["init"].endswith("train-single_view/half.pt") and content["row"] == "hamuco"
-    baseline = torch.load(tmp_path / "a" / "train-single_view" / "final.pt", weights_only=True)
-    assert baseline["cfg"]["epochs"] == 2 * content["cfg"]["epochs"] and baseline["epoch"] == 4
-    assert not torch.equal(half["conv1.weight"], baseline["model"]["backbone.conv1.weight"])        # its middle, not its end
-    assert baseline["cfg"]["init"] == "random" and not any(k.startswith("interaction") for k in baseline["model"])
-    assert set(half) == {k[9:] for k in baseline["model"] if k.startswith("backbone.")}
+    assert config["init"].endswith("train-single_view/final.pt") and content["row"] == "hamuco"
+    first = torch.load(tmp_path / "a" / "train-single_view" / "final.pt", weights_only=True)
+    assert first["cfg"]["init"] == "random" and not any(k.startswith("interaction") for k in first["model"])
     results = json.loads((tmp_path / "a" / "metrics.json").read_text())["results"]
-    assert {"single_view", "single", "interaction", "fusion"} <= set(results[0]["rows"])
-    assert {"labels", "single_view", "single", "interaction", "fusion"} == set(results[1]["rows"])
+    assert {"single", "interaction", "fusion"} <= set(results[0]["rows"]) and "single_view" not in results[0]["rows"]
+    assert {"labels", "single", "interaction", "fusion"} == set(results[1]["rows"])
     assert "mpjpe_mm" not in results[0]["rows"]["labels"] and "epe_2d_px_crop" in results[0]["rows"]["labels"]
 
 

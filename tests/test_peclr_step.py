@@ -770,13 +770,6 @@ def test_pretraining_writes_its_encoder_and_a_folder_named_after_its_objective(w
     assert (tmp_path / "run" / folder / "last.pt").is_file() and (tmp_path / "run" / file).is_file()
 
 
-def test_with_quick_the_encoder_of_simclr_stands_beside_peclr_s(monkeypatch, tmp_path):
-    Watched(monkeypatch, Few(twelve()))
-    made = [peclr.pretrain(Config(quick=True, epochs=0, batch_size=4, micro_batch=4, objective=objective, **TINY), tmp_path,
-                           torch.device("cpu")) for objective in ("simclr", "peclr")]
-    assert made == [tmp_path / "backbone-simclr.pt", tmp_path / "backbone.pt"] and all(file.is_file() for file in made)
-
-
 # ---- Prediction is training's twin
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -517,11 +516,25 @@ def test_prediction_is_rooted_posed_and_back_in_the_picture():
     assert out["joints"].shape == (2, 21, 3) and out["verts"].shape == (2, 778, 3)
     assert out["pose"].shape == (2, 16, 3, 3) and out["shape"].shape == (2, 10)
     assert out["joints"][:, 0].abs().max() == 0
-    # camera 0 puts the wrist in the middle of the crop, and so of the picture
-    assert torch.allclose(out["uv"][:, 0], torch.full((2, 2), 47.5), atol=1e-3)
-    # a metre spans ten half crops; the crop is 1.2 / 1.7 of the 96 px picture
-    px = 10 * 96 * 1.2 / 1.7 / 2 * out["joints"][..., :2]
-    assert torch.allclose(out["uv"] - 47.5, px, atol=1e-2)
+    # camera 0 puts the joints' box where the stored square has the hand's: in its middle, 1 / 1.7 of 96 px
+    low, high = out["uv"].amin(1), out["uv"].amax(1)
+    assert torch.allclose((low + high) / 2, torch.full((2, 2), 47.5), atol=1e-3)
+    assert torch.allclose((high - low).amax(1), torch.full((2,), 96 / 1.7), atol=1e-2)
+    spread = (out["joints"][..., :2].amax(1) - out["joints"][..., :2].amin(1)).amax(1)
+    px = 96 / 1.7 / spread[:, None, None] * out["joints"][..., :2]
+    assert torch.allclose(out["uv"] - out["uv"][:, :1], px, atol=1e-2)
+
+
+def test_a_network_of_before_keeps_its_camera():
+    """Its weights have no `boxed`: at camera 0 the wrist is central, and a metre spans ten half crops."""
+    old, net = HandNet(Config(**TINY)), HandNet(Config(**TINY))
+    net.load_state_dict({key: value for key, value in old.state_dict().items() if key != "boxed"})
+    points = torch.tensor([[[0.0, 0.0, 0.0], [0.03, -0.05, 0.1]]])
+    half = TINY["image_size"] / 2
+    uv = net.project(torch.tensor([[0.0, 0.0, 0.0]]), points)
+    assert torch.allclose(uv - (half - 0.5), torch.tensor([[[0.0, 0.0], [0.3 * half, -0.5 * half]]]), atol=1e-4)
+    net.load_state_dict(old.state_dict())
+    assert net.boxed and not torch.allclose(net.project(torch.tensor([[0.0, 0.0, 0.0]]), points), uv, atol=1)
 
 
 def test_the_network_sees_the_middle_of_the_stored_square():
@@ -575,29 +588,29 @@ def stages(monkeypatch, tmp_path):
     monkeypatch.setattr(ti_net, "finetune", lambda cfg, out, row, device: calls.append((row, cfg)))
     monkeypatch.setattr(ti_net, "report", lambda cfg, out, rows, *rest: calls.append(("report", (cfg, rows, rest[1:]))))
     (tmp_path / "pretrain-ti_net-disc").mkdir()                           # what a real pre-training leaves
+    (tmp_path / "backbone.pt").write_bytes(b"")
     (tmp_path / "pretrain-ti_net-disc" / "config.json").write_text(
         json.dumps({"method": "ti_net", "cfg": {"data": ["synthetic:calm"], "init": "random", "variant": ["disc"]}}))
     return lambda given: (calls.clear(), ti_net.run_stages(given, tmp_path, torch.device("cpu")), calls[:])[-1], tmp_path
 
 
-def test_quick_pretrains_then_fine_tunes_from_scratch_and_from_that(stages):
+def test_quick_pretrains_then_fine_tunes_from_that(stages):
     run, out = stages
     found = run({"quick": True, "variant": ("disc",), "lr": 0.7})
-    assert [name for name, _ in found] == ["pretrain", "scratch", "ti_net-disc", "report"]
-    (_, first), (_, scratch), (_, tuned), (_, (last, rows, rest)) = found
-    assert first.epochs == 1 and first.variant == ("disc",) and scratch.epochs == tuned.epochs == 6
-    assert (scratch.init, tuned.init) == ("random", str(out / "backbone.pt")) and last == tuned
-    assert scratch.finetune == tuned.finetune == "synthetic:calm" and {c.lr for c in (first, scratch, tuned)} == {0.7}
-    assert rows == ["scratch", "ti_net-disc"] and rest == (ti_net.build, 96, 1.7)
-    given = run({"quick": True, "finetune": "dexycb=X"})
-    assert [c.finetune for _, c in given[1:3]] == ["dexycb=X"] * 2
+    name = "ti_net-disc"
+    assert [name for name, _ in found] == ["pretrain", name, "report"]
+    (_, first), (_, tuned), (_, (last, rows, rest)) = found
+    assert first.epochs == 1 and first.variant == ("disc",) and tuned.epochs == 15
+    assert tuned.init == str(out / "backbone.pt") and last == tuned
+    assert tuned.finetune == "synthetic:calm" and {c.lr for c in (first, tuned)} == {0.7}
+    assert rows == [name] and rest == (ti_net.build, 96, 1.7)
+    assert run({"quick": True, "finetune": "dexycb=X"})[1][1].finetune == "dexycb=X"
 
 
 def test_one_command_runs_one_stage(stages):
     run, out = stages
     (name, cfg), = run({"data": ("imagenet=X",)})
     assert name == "pretrain" and cfg.data == ("imagenet=X",) and cfg.epochs == 50
-    Path(out / "backbone.pt").write_bytes(b"")
     (row, cfg), (name, (last, rows, rest)) = run({"finetune": "dexycb", "init": str(out / "backbone.pt")})
     assert (row, name, rows) == ("ti_net-disc-on-synthetic-calm", "report", [row]) and last == cfg and cfg.epochs == 120
     assert cfg.init == str(out / "backbone.pt") and rest == (ti_net.build, 336, 1.7)

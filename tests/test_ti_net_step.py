@@ -283,8 +283,11 @@ def finetuning_oracle(model, batch, S):
         for j in range(21):
             true = A[:2, :2] @ batch["uv"][i, j] + A[:2, 2]
             if true.isfinite().all():
-                # weak perspective: at camera 0 a metre spans ten half crops, from the crop's middle
-                place = 10 * camera[0].exp() * joints[j, :2].detach() + camera[1:]
+                # weak perspective: at camera 0 the joints' box is 1 / 1.2 of the crop, in its middle
+                x, y = joints[:, 0].detach(), joints[:, 1].detach()
+                middle = torch.stack([x.min() + x.max(), y.min() + y.max()]) / 2
+                longer = max(x.max() - x.min(), y.max() - y.min())
+                place = 2 / 1.2 / longer * camera[0].exp() * (joints[j, :2].detach() - middle) + camera[1:]
                 sums["L_camera"] += (((S - 1) / 2 + S / 2 * place - true) / S).abs().sum()
                 counts["L_camera"] += 1
     terms = {name: sums[name] / max(1, counts[name]) for name in sums}

@@ -105,7 +105,6 @@ BROKEN = [
     ("    torch.manual_seed(cfg.seed)\n    folder = out / f\"{'probe'", "    folder = out / f\"{'probe'", "broken_off"),
     ("    torch.manual_seed(cfg.seed)\n    name =", "    name =", "agree_between_runs"),
     ("name = \"-\".join((cfg.objective, *cfg.variant))", "name = cfg.objective", "writes_its_encoder"),
-    ("beside = cfg.quick and cfg.objective != \"peclr\"", "beside = False", "stands_beside"),
     ("given = (QUICK_PROBE if given.get(\"quick\") else PROBE) | given", "given = given | (QUICK_PROBE if given.get(\"quick\") else PROBE)", "authors_code"),
     ("            group[\"weight_decay\"] = 0.0  ", "            group[\"weight_decay\"] = decay  ", LOOP),
     ("        for group, decay in zip(self.param_groups, decays):\n            group[\"weight_decay\"] = decay", "        del decays", LOOP),

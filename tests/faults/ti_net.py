@@ -100,7 +100,7 @@ FAULTS = [("ti_net.py", *fault) for fault in [
     ("self.extra(torch.cat([f, theta], 1).detach())", "self.extra(torch.cat([f.detach(), theta], 1))", STEP, TUNED),
     ("theta = self.head(f)", "theta = self.head(f.detach())", STEP, TUNED),
     ("return theta, extra[:, :10], extra[:, 10:]", "return theta, extra[:, 3:], extra[:, :3]", STEP, TUNED),
-    ("xy = 10 * camera[:, None, :1].exp()", "xy = 10 * camera[:, None, :1]", PIECES, "back_in_the_picture"),
+    ("xy = camera[:, None, :1].exp() * xy", "xy = camera[:, None, :1] * xy", PIECES, "back_in_the_picture"),
     ("joints = model.mano.joints(R, beta.detach())", "joints = model.mano.joints(R, beta)", STEP, TUNED),
     ("joints = model.mano.joints(R, beta.detach())", "joints = model.mano.joints(R.detach(), beta.detach())", STEP, TUNED),
     ("joints = joints - joints[:, :1]\n    true", "true", STEP, TUNED),
@@ -177,8 +177,9 @@ FAULTS = [("ti_net.py", *fault) for fault in [
     inside("finetune", "keep_best(run, epoch, val, cfg,", "keep_best(run, epoch, data, cfg,", LAST_LOOP),
     inside("finetune", "        keep_best(run, -1, val, cfg, device, about)\n", "", "without_an_epoch"),
     # the command line
-    ('settle(Config, given | {"init": init, "finetune": target}', 'settle(Config, given | {"finetune": target}', PIECES, "quick_pretrains"),
-    ('"-".join((METHOD, *cfg.variant)): str(out / "backbone.pt")}', '"-".join((METHOD, *cfg.variant)): "random"}', PIECES, "quick_pretrains"),
+    ('given = given | {"init": str(out / "backbone.pt"),', 'given = given | {', PIECES, "quick_pretrains"),
+    ("xy = 2 / CROP * (points[..., :2] - (low + high) / 2) / side", "xy = 2 / CROP * (points[..., :2] - low) / side", STEP, TUNED),
+    ('state.setdefault(prefix + "boxed", torch.tensor(False))', 'state.setdefault(prefix + "boxed", torch.tensor(True))', PIECES, "of_before"),
     ('target = given.get("finetune") or cfg.data[0]', "target = cfg.data[0]", PIECES, "quick_pretrains"),
-    ("rows = [row_name(cfg.init, cfg.row)]", 'rows = ["scratch"]', PIECES, "one_command"),
+    ("row = row_name(cfg.init, cfg.row)", 'row = "scratch"', PIECES, "one_command"),
 ]]
