@@ -92,11 +92,15 @@ class Domain(NamedTuple):
     noise: tuple[float, float] = (0.004, 0.025)     # of the display range
     shapes: int = 7                                 # in the background
     saturation: float = 0.12                        # of the background
+    exposure: tuple[float, float] = (0.8, 1.3)      # factor of all light
+    cast: float = 0.08                              # how far apart its three colours' factors lie
 
 
 DOMAINS = {"A": Domain(),
            "B": Domain((0.25, 0.95), (0.3, 1.2), (0.1, 0.4), (0.28, 0.5), 0.45, (0.4, 1.2),
-                       (0.015, 0.045), 14, 0.24)}
+                       (0.015, 0.045), 14, 0.24),
+           "C": Domain((0.0, 1.0), (-0.6, 1.3), (0.1, 0.75), (0.3, 1.6), 0.4, (0.0, 1.6),
+                       (0.0, 0.05), 14, 0.3, (0.4, 2.0), 0.6)}
 LENGTH = {"val": 1000, "test": 2000}
 
 
@@ -110,6 +114,7 @@ class Synthetic(Source):
     camera within 60 degrees, +-45 in plane, plain backgrounds. Otherwise the hand's rotation is
     uniform on SO(3), so palm and back, and every angle between, are equally often seen.
     Domain B: darker skin, warm hard light, near wide-angle camera, colourful clutter, blur, noise.
+    Domain C, to learn for photos: all of both and more, under any exposure and colour cast.
     `outliers` and `detector` are the labels' noise: the share of lost joints, and how much of the
     picture's side the detector's own square had, in which it errs (see `noisy_labels`).
     """
@@ -442,7 +447,7 @@ class Synthetic(Source):
             room = self._wallpaper(image)
         tint = (tint / tint.mean(1, keepdim=True)).sqrt()[..., None, None]
         linear = pixels[:, :3] + room.square() * tint * (1 - pixels[:, 3:])
-        gain = (0.8 + 0.5 * u[:, :1]) * (1 + 0.08 * (u[:, 1:4] - 0.5))
+        gain = ramp(u[:, :1], *domain.exposure) * (1 + domain.cast * (u[:, 1:4] - 0.5))
         sigma = ramp(u[:, 4], *domain.blur) * size / 128
         linear = blur(linear, sigma, math.ceil(2 * domain.blur[1] * size / 128))
         display = (linear * gain[..., None, None]).clamp(0, 1).sqrt()
