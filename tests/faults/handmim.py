@@ -67,9 +67,9 @@ FAULTS = [
     ("handmim.py", "if \"no-pose\" not in self.cfg.variant:\n            z =", "if True:\n            z =", PIECES, "left_out_is_not"),
     ("handmim.py", "**collapse_monitors(out.teacher, model.centre, tau)", "**collapse_monitors(out.teacher, 0 * model.centre, tau)", STEP, "pretraining_step and how0"),
     # the loop of pre-training
-    ("handmim.py", "        model.teacher.load_state_dict(model.student.state_dict())\n    specs", "    specs", STEP, "pretraining_loop"),
+    ("handmim.py", "        model.teacher.load_state_dict(model.student.state_dict())\n    stored", "    stored", STEP, "pretraining_loop"),
     ("handmim.py", "say(load_backbone(model.student.backbone, cfg.init))", "load_backbone(build_backbone(cfg.backbone, cfg.image_size), cfg.init)", STEP, "pretraining_loop"),
-    ("handmim.py", "data = open_data(cfg, specs, \"train\", stored, VIEW_MARGIN, device)", "data = open_data(cfg, specs, \"train\", stored, MARGIN, device)", STEP, "pretraining_loop"),
+    ("handmim.py", "data = open_data(cfg, cfg.data, \"train\", stored, VIEW_MARGIN, device)", "data = open_data(cfg, cfg.data, \"train\", stored, MARGIN, device)", STEP, "pretraining_loop"),
     ("handmim.py", "decay = cosine(run.step, total, cfg.weight_decay / 10, cfg.weight_decay)", "decay = cosine(epoch, cfg.epochs, cfg.weight_decay / 10, cfg.weight_decay)", STEP, "pretraining_loop"),
     ("handmim.py", "optimizer.param_groups[0][\"weight_decay\"] = decay", "optimizer.param_groups[1][\"weight_decay\"] = decay", STEP, "pretraining_loop"),
     ("handmim.py", "clip_each([p.grad for p in model.parameters() if p.grad is not None], CLIP)", "torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)", STEP, "pretraining_loop"),

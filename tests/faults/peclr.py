@@ -104,7 +104,7 @@ BROKEN = [
     ("        for step, micro_batches in training_steps(data, cfg, epoch, run.step % steps, device):", "        for step, micro_batches in training_steps(data, cfg, epoch, 0, device):", "broken_off"),
     ("    torch.manual_seed(cfg.seed)\n    folder = out / f\"{'probe'", "    folder = out / f\"{'probe'", "broken_off"),
     ("    torch.manual_seed(cfg.seed)\n    name =", "    name =", "agree_between_runs"),
-    ("name = \"-\".join((cfg.objective, *cfg.variant))", "name = cfg.objective", "writes_its_encoder"),
+    ("return \"-\".join((cfg.objective, *cfg.variant))", "return cfg.objective", "writes_its_encoder"),
     ("given = (QUICK_PROBE if given.get(\"quick\") else PROBE) | given", "given = given | (QUICK_PROBE if given.get(\"quick\") else PROBE)", "authors_code"),
     ("            group[\"weight_decay\"] = 0.0  ", "            group[\"weight_decay\"] = decay  ", LOOP),
     ("        for group, decay in zip(self.param_groups, decays):\n            group[\"weight_decay\"] = decay", "        del decays", LOOP),

@@ -160,6 +160,6 @@ FAULTS = [
     ("sources/__init__.py", "return Mano(user_hand(mano)[0], joints.tips, regressed=joints.regressed)", "return Mano(user_hand(mano)[0], joints.tips)", "sources/test_sources.py", "joints and freihand"),
     ("sources/__init__.py", "    if mano is None:\n", "    if mano is not None:\n", "sources/test_sources.py", "another_hand"),
     ("sources/__init__.py", 'data.columns(torch.from_numpy(every)).get("hand", every)', "every", "sources/test_sources.py", "share_of_the_labels"),
-    ("sources/__init__.py", 'split == "train" and plain and not labelled', 'split == "train" and not labelled', "sources/test_sources.py", "train_all_of_them"),
+    ("sources/__init__.py", 'split == "train" and (plain or part) and not labelled', 'split == "train" and not labelled', "sources/test_sources.py", "train_all_of_them"),
     ("sources/stages.py", '"joints": mean(t["joints"] - t["joints"][:, :1]),', '"joints": mean(t["joints"]),', "sources/test_stages.py", "mean_hand_is_rooted"),
 ]

@@ -180,6 +180,6 @@ FAULTS = [("ti_net.py", *fault) for fault in [
     ('given = given | {"init": str(out / "backbone.pt"),', 'given = given | {', PIECES, "quick_pretrains"),
     ("xy = 2 / CROP * (points[..., :2] - (low + high) / 2) / side", "xy = 2 / CROP * (points[..., :2] - low) / side", STEP, TUNED),
     ('state.setdefault(prefix + "boxed", torch.tensor(False))', 'state.setdefault(prefix + "boxed", torch.tensor(True))', PIECES, "of_before"),
-    ('target = given.get("finetune") or cfg.data[0]', "target = cfg.data[0]", PIECES, "quick_pretrains"),
+    ('"finetune": given.get("finetune") or first.data[0],', '"finetune": first.data[0],', PIECES, "quick_pretrains"),
     ("row = row_name(cfg.init, cfg.row)", 'row = "scratch"', PIECES, "one_command"),
 ]]
