@@ -1280,8 +1280,8 @@ def draw_moments(path: Path, rows: dict[str, Row]) -> None:
         draw_rows(path, kinds(rows, SHEET), picked.flatten(),
                   [kind for kind in found for _ in views[0]],
                   f"Two views each of the moments that {name} does best, in the middle and worst. "
-                  "Where views disagree, fitting one's hand to another's shrinks it (2), and so "
-                  "the fused hand.")
+                  "Where views disagree, fitting one's hand to another's shrinks it, and so the "
+                  "fused hand (hamuco.py, 2).")
 
 
 @torch.no_grad()

@@ -169,8 +169,8 @@ def _hand_detector() -> Any:
     except ImportError:
         raise UserError("finding hands in photos needs MediaPipe (pip install --no-deps "
                         "mediapipe==0.10.21, and what README names beside it); without it write "
-                        "labels.jsonl beside the photos, with path, side and box of each hand"
-                        ) from None
+                        "labels.jsonl beside the photos, with path, side and box of each hand, or "
+                        "labels/CAMERA/FRAME.json beside a rig's frames") from None
     return Detector(static_image_mode=True, max_num_hands=8)
 
 

@@ -110,7 +110,7 @@ class Run:
     def to_go(self) -> str:
         """How long the stage and the command will take from here."""
         own, whole = COURSE.left(self.step / self.total)
-        return f"{spelled(own)} to go" + f", {spelled(whole)} in all stages" * (whole > own)
+        return f"{spelled(own)} to go" + f", {spelled(whole)} in all stages" * (whole > own + 1)
 
     def _watch(self, terms: dict[str, Tensor]) -> None:
         """Note at which step each term was lost, on the device: `check` reads it now and then."""

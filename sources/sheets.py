@@ -116,24 +116,29 @@ def extent(*hands: Tensor) -> float:
 
 def legend(found: list[Answered], known: bool) -> str:
     """What a reader must know of the cells, as sentences."""
-    meshes = ["verts" in one.pred for one in found]
-    flat = any("joints" not in one.pred for one in found)
+    meshes = ["verts" in one.pred for one in found if "joints" in one.pred]
     beside = ("Beside the bones: the mesh." if all(meshes) else
               "Beside the bones: the mesh, or the bones in 3D from the front." if any(meshes) else
               "Beside the bones: the bones in 3D from the front.")
-    errors = ("In the corner: the error, in mm with the wrists together" +
-              ", or in px of the picture that the network gets" * flat + ".") * known
     grey = " The truth is grey behind a prediction; joints that are hidden are hollow." * known
+    flat = len(meshes) < len(found)
+    errors = "in mm with the wrists together" + ", in 2D in px of the network's picture" * flat
+    errors = errors if known else "to the 2D labels, in px of the network's picture"
+    scored = any(math.isfinite(error) for one in found for error in one.errors)
     return (f"{beside} On white: in 3D from 60 degrees to the right and to the left, all to one "
-            f"scale (the bar).{grey} {errors}")
+            f"scale (the bar).{grey}" + f" In the corner: the error, {errors}." * scored)
 
 
 def block(pictures: list[Image.Image], text: str, wide: bool) -> Image.Image:
-    """Four pictures in a line, or two above two, with a text in the corner of the first."""
+    """Four pictures in a line, or two above two; one alone is as large as they are.
+
+    A text stands in the corner of the first.
+    """
     step, across = CELL + 2, 4 if wide else 2
     out = Image.new("RGB", (across * step - 2, 4 // across * step - 2), "white")
+    size = out.height if len(pictures) == 1 else CELL
     for k, image in enumerate(pictures):
-        image = picture(image).resize((CELL, CELL))
+        image = picture(image).resize((size, size))
         image = label(image, text, 14) if text and k == 0 else image
         out.paste(image, (k % across * step, k // across * step))
     return out
@@ -143,36 +148,42 @@ def sides(joints: Tensor, true: Tensor | None, reach: float, turns: Sequence[flo
           missing: str) -> list[Image.Image]:
     """A hand from some sides, degrees to the right; where nothing is known in 3D, it says so."""
     if not joints.isfinite().all(-1).any():
-        return [words(missing, CELL)] * len(turns)
+        return [words(missing if turn == turns[0] else "", CELL) for turn in turns]
     if true is not None and not true.isfinite().all(-1).any():
         true = None
     return [draw_side(joints, CELL, true, turn, reach) for turn in turns]
 
 
 def truth_block(one: Answered, i: int, reach: float, wide: bool) -> Image.Image:
-    """The true skeleton, the picture as it is, and the truth from two sides."""
+    """The true skeleton, the picture as it is, and the truth from two sides; or the picture."""
     image = one.batch["image"][i]
-    drawn = draw_skeleton(image, one.batch["uv"][i], visible=one.batch["visible"][i], width=CELL)
-    return block([drawn, picture(image), *sides(one.truth(i), None, reach, SIDES,
-                                                "no truth in 3D")], "", wide)
+    uv, joints = one.batch["uv"][i], one.truth(i)
+    if not uv.isfinite().any() and not joints.isfinite().any():
+        return block([picture(image)], "", wide)
+    drawn = draw_skeleton(image, uv, visible=one.batch["visible"][i], width=CELL)
+    seen = sides(joints, None, reach, SIDES, "no truth in 3D")
+    return block([drawn, picture(image), *seen], "", wide)
 
 
 def answer_block(one: Answered, i: int, reach: float, wide: bool) -> Image.Image:
-    """A prediction over its own picture, its mesh, if any, and two sides with the truth in grey."""
+    """A prediction over its own picture, its mesh, if any, and two sides with the truth in grey.
+
+    One without 3D is drawn over the picture alone.
+    """
     batch, pred = one.batch, one.pred
     image = batch["image"][i]
     turns = SIDES
+    unit = "mm" if batch["joints_ok"][i].any() and "joints" in pred else "px"
+    text = f"{one.errors[i]:.1f} {unit}" if math.isfinite(one.errors[i]) else ""
+    if "joints" not in pred:                              # labels, which say nothing of 3D
+        return block([draw_skeleton(image, pred["uv"][i], width=2 * CELL)], text, wide)
     top = [draw_skeleton(image, pred["uv"][i], width=CELL)]
     if "verts" in pred and pred["verts"][i].isfinite().all():
         K = view_intrinsics(batch)[i]
         moved = place(pred["joints"][i:i + 1], pred["uv"][i:i + 1], K[None])
         mesh = pred["verts"][i] + moved
         top.append(draw_mesh(image, mesh, one.row.exam.hand.faces, K, width=CELL))
-    elif "joints" in pred:
-        turns = (0.0, *turns)
     else:
-        top.append(picture(image))
-    unit = "mm" if batch["joints_ok"][i].any() and "joints" in pred else "px"
-    text = f"{one.errors[i]:.1f} {unit}" if math.isfinite(one.errors[i]) else ""
-    missing = "no hand here" if "joints" in pred else "2D alone"
-    return block([*top, *sides(one.joints(i), one.truth(i), reach, turns, missing)], text, wide)
+        turns = (0.0, *turns)
+    seen = sides(one.joints(i), one.truth(i), reach, turns, "no hand was made")
+    return block([*top, *seen], text, wide)

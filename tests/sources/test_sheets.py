@@ -3,6 +3,7 @@ import math
 from types import SimpleNamespace
 
 import torch
+from PIL import Image
 
 from common import N_JOINTS
 from sources import sheets
@@ -76,10 +77,18 @@ def test_a_hand_without_a_mesh_is_drawn_from_the_front_too(monkeypatch, tmp_path
 
 def test_nothing_is_called_truth_where_there_is_none(monkeypatch, tmp_path):
     found = drawn(monkeypatch, tmp_path, Line(known=False), one=larger(1))
-    assert found["titles"] == ["picture", "one"] and "truth" not in found["note"].lower() and "error" not in found["note"]
-    assert found["words"] == ["no truth in 3D"] * 2 and {round(reach, 6) for _, reach in found["sides"]} == {round(0.54 * 0.2, 6)}
+    assert found["titles"] == ["picture", "one"] and "truth" not in found["note"].lower() and "error, to the 2D labels, in px" in found["note"]
+    assert found["words"] == [] and {round(reach, 6) for _, reach in found["sides"]} == {round(0.54 * 0.2, 6)}
 
 
-def test_labels_say_that_they_are_2d_alone(monkeypatch, tmp_path):
-    found = drawn(monkeypatch, tmp_path, Line(), labels=lambda batch: {"uv": batch["uv"]}, one=larger(1))
-    assert found["words"] == ["2D alone"] * 2 and "px of the picture" in found["note"]
+def test_labels_are_drawn_over_the_picture_alone_and_what_was_not_made_says_so(monkeypatch, tmp_path):
+    found = drawn(monkeypatch, tmp_path, Line(), labels=lambda batch: {"uv": batch["uv"]}, one=larger(math.nan))
+    assert found["words"] == ["no hand was made", "", ""] * 2 and "in 2D in px of the network's picture" in found["note"]
+    assert [turn for turn, _ in found["sides"]] == 2 * [60, -60]                    # the truth's
+
+
+def test_one_picture_alone_is_as_large_as_four():
+    red = Image.new("RGB", (9, 9), "#ff0000")
+    for wide, size in ((False, (302, 302)), (True, (606, 150))):
+        out = sheets.block([red], "", wide)
+        assert out.size == size and out.getpixel((5, size[1] - 1)) == (255, 0, 0) == out.getpixel((size[1] - 1, 5))
