@@ -208,7 +208,7 @@ def sheet(path: str | Path, rows: list[list], titles: Sequence[str] = (),
     cell = (width - left - gap * columns) // columns
     rows = [[None if image is None else picture(image, cell) for image in row] for row in rows]
     heights = [max((image.height for image in row if image), default=0) for row in rows]
-    below = _legend(width - 2 * gap, note, bones)
+    below = legend(width - 2 * gap, note, bones)
     high = top + sum(heights) + gap * len(rows)
     out = Image.new("RGB", (width, high + below.height), "white")
     out.paste(below, (gap, high))
@@ -233,7 +233,7 @@ def sheet(path: str | Path, rows: list[list], titles: Sequence[str] = (),
     return out
 
 
-def _legend(width: int, note: str, bones: bool) -> Image.Image:
+def legend(width: int, note: str, bones: bool) -> Image.Image:
     """The fingers' names beside their colours, if `bones`, and a note, wrapped to `width` px."""
     size, line = 14, 20
     font = ImageFont.load_default(size)

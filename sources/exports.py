@@ -8,7 +8,8 @@ from typing import NamedTuple
 # common before torch: it settles how threads wait
 from common import (
     N_JOINTS, ROOT, invert, matrix_to_axis_angle, place, transform, view_intrinsics)
-from hand.drawing import draw_mesh, draw_side, draw_skeleton, label, save_png, sheet
+from hand.drawing import (
+    draw_mesh, draw_side, draw_skeleton, label, legend, save_png, sheet)
 from sources.index import Index, unmirror
 from sources.pictures import read_image
 
@@ -120,12 +121,16 @@ def mesh_from(verts: Tensor, faces: Tensor, size: int, turn: float, reach: float
 
 
 def draw_photo(out: Path, root: Path, path: str, hands: list[dict], faces: Tensor) -> None:
-    """OUT/PHOTO.png: the photo with all its hands, two sides of each beside it."""
+    """OUT/PHOTO.png: the photo with all its hands, two sides of each beside it, a legend below."""
     drawn = overlay(Image.fromarray(read_image(root / path)), hands, faces)
     beside = from_sides(hands, faces, drawn.height)
-    both = Image.new("RGB", (drawn.width + beside.width, beside.height), "white")
+    wide = drawn.width + beside.width
+    below = legend(wide, "Over the photo: the bones of each hand, and its mesh where there is one. "
+                   "Beside it: the hands in 3D, all to one scale (the bar).", bones=True)
+    both = Image.new("RGB", (wide, beside.height + below.height), "white")
     both.paste(drawn, (0, 0))
     both.paste(beside, (drawn.width, 0))
+    both.paste(below, (6, beside.height))
     save_png(out / f"{flat_name(path)}.png", both)
 
 

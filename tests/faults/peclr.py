@@ -151,3 +151,4 @@ PIECES = [
 FAULTS = [("peclr.py", old, new, STEP, words) for old, new, words in BROKEN]
 FAULTS += [("peclr.py", old, new, "test_peclr.py", words) for old, new, words in PIECES]
 FAULTS += [("peclr.py", "torch.hypot(across, down)", "torch.stack([across, down]).norm(dim=0)", "test_steps.py", "sobel")]
+FAULTS += [("peclr.py", "torch.cdist(pixels, known).amin(1) < size / 8", "torch.cdist(pixels, known).amin(1) < size / 4", STEP, "looked_for")]

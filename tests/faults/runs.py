@@ -29,6 +29,10 @@ FAULTS = [
     ("sources/checkpoints.py", "            return Path(str(value)).name\n", "            return str(value)\n", "sources/test_progress.py", "named_each"),
     ("sources/checkpoints.py", 'str(spec).partition("=")[0] for', "str(spec) for", "sources/test_progress.py", "named_each"),
     # as it goes
+    ("sources/course.py", "own + (self.seconds + taken) / done", "own + taken / done", "sources/test_progress.py", "stages_of_a_command"),
+    ("sources/course.py", "self.first = self.share = share\n", "self.first = self.share = 0.0\n", "sources/test_progress.py", "stages_of_a_command"),
+    ("sources/course.py", "names[names.index(self.name) + 1:] if", "names[names.index(self.name):] if", "sources/test_progress.py", "stages_of_a_command"),
+    ("sources/log.py", "os.truncate(self.path, min(kept_bytes, self.path.stat().st_size))", "pass", "test_common_run.py", "cut_back"),
     ("sources/progress.py", "device=str(device), precision=cfg.precision)", "device=str(device), precision=\"auto\")", "test_common_run.py", "another_precision"),
     ("sources/progress.py", 'self.log = Log(folder, state["log_bytes"] if state else 0)', "self.log = Log(folder, 10 ** 9)", "test_common_run.py", "cuts_its_log"),
     ("sources/progress.py", "torch.where(bad, self.lost.clamp(max=self.step), self.lost)", "torch.where(bad, self.step, NEVER)", "sources/test_progress.py", "lost_loss_is_named"),
