@@ -1351,7 +1351,8 @@ def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
     every = [cfg]
     if cfg.quick and "single-view" not in cfg.variant and "init" not in given:
         every = [stage_config(given, alone=True), cfg]
-    work = {stage_name(row_of(one.variant), k): learning(one, one.views, val=False)
+    cost = {one.variant: 1 if "single-view" in one.variant else 3 for one in every}
+    work = {stage_name(row_of(one.variant), k): learning(one, one.views * cost[one.variant], False)
             for one in every for k in range(1, one.rounds + 1)}
     COURSE.plan(work | {SCORING: float(cfg.views * QUICK_TEST)})
     if len(every) > 1:

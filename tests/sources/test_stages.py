@@ -1,4 +1,5 @@
 """What a stage ends in: the mean hand, the row that it makes, tables and their file."""
+import importlib
 import json
 import math
 
@@ -7,6 +8,7 @@ import torch
 
 from common import Mano, score
 from hand.builtin import builtin_hand
+from sources.course import COURSE
 from sources.hands import Hands
 from sources.predictors import blind
 from sources.stages import mean_hand
@@ -98,3 +100,25 @@ def test_table_shows_missing_scores_as_dashes():
     assert lines[0].split() == ["|", "row", "|", "mpjpe_mm", "|", "auc", "|"]
     assert lines[2].split() == ["|", "a", "|", "12.35", "|", "-", "|"] or "12.34" in lines[2]
     assert lines[3].split() == ["|", "b", "|", "2.00", "|", "0.500", "|"]
+
+
+QUICK = {"ti_net": ["pretrain-ti_net", "finetune-ti_net", "scoring"], "peclr": ["pretrain-peclr", "finetune-peclr", "scoring"],
+         "handmim": ["pretrain-handmim", "finetune-handmim", "scoring"],
+         "hamuco": ["train-single_view", "train-hamuco", "scoring"]}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_the_stages_that_are_told_are_those_that_run_in_their_order(name, monkeypatch, tmp_path):
+    """Stages and report only write down what they are called."""
+    script, done = importlib.import_module(name), []
+
+    def stand_in(kind):
+        return lambda cfg, out, row, *given: done.append(f"{kind}-{row if isinstance(row, str) else name}")
+
+    for function, kind in (("pretrain", "pretrain"), ("finetune", "finetune"), ("fit", "train")):
+        if hasattr(script, function):
+            monkeypatch.setattr(script, function, stand_in(kind))
+    monkeypatch.setattr(script, "report", lambda *given: done.append("scoring"))
+    monkeypatch.setattr(COURSE, "work", {})
+    script.run_stages({"quick": True}, tmp_path, torch.device("cpu"))
+    assert list(COURSE.work) == QUICK[name] == done and all(work > 0 for work in COURSE.work.values())
