@@ -71,23 +71,23 @@ def bench_compile(words: list[str]) -> None:
         torch.manual_seed(0)
         plain = small.model().to(memory_format=torch.channels_last).train()
         net = parallel(copy.deepcopy(plain), torch.device("cpu"), compile=True)
-        times, found, began = {}, {}, time.perf_counter()
-        for kind, model in (("compiled", net), ("eager", plain)):
-            taken = []
-            for k in range(8):
+        times: dict[str, list[float]] = {"compiled": [], "eager": []}
+        found, took = {}, {}
+        began = time.perf_counter()
+        for k in range(9):
+            for kind, model in (("compiled", net), ("eager", plain)):
                 model.zero_grad()
                 start = time.process_time()
                 terms = small.terms(model, batch)
                 terms["loss"].backward()
-                taken.append(time.process_time() - start)
+                times[kind].append(time.process_time() - start)
                 if k == 0:                      # of the same weights; BatchNorm's statistics have not moved
                     losses = torch.stack([x.detach().double() for key, x in terms.items() if key == "loss" or key.startswith("L_")])
                     gradient = torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
                     found[kind] = losses, gradient
-                    began = (time.perf_counter() - began) if kind == "compiled" else began
-            times[kind] = median(taken[3:])
+                    took[kind] = time.perf_counter() - began
+        compiled, eager = (median(times[kind][2:]) for kind in times)
         apart = [float((ours - theirs).norm() / theirs.norm()) for ours, theirs in zip(found["compiled"], found["eager"])]
         verdict = "agree" if apart[0] < 1e-5 and apart[1] < 1e-3 else "DIFFER"
-        print(f"compile {stage.name}: {began:.0f} s to compile; losses {apart[0]:.1e} and gradients {apart[1]:.1e} apart (they {verdict}: "
-              f"below 1e-5 and 1e-3), a step {1000 * times['compiled']:.0f} ms, eager {1000 * times['eager']:.0f} ms: "
-              f"x{times['eager'] / times['compiled']:.2f}", flush=True)
+        print(f"compile {stage.name}: {took['compiled']:.0f} s to compile; losses {apart[0]:.1e} and gradients {apart[1]:.1e} apart (they {verdict}: "
+              f"below 1e-5 and 1e-3), a step {1000 * compiled:.0f} ms, eager {1000 * eager:.0f} ms: x{eager / compiled:.2f}", flush=True)
