@@ -146,7 +146,8 @@ def main() -> None:
     drawn = [draw_skeleton(batch["image"][i], batch["uv"][i], visible=batch["visible"][i]) if k % 2
              else batch["image"][i] for k, i in enumerate(clear)]
     path = Path(__file__).parent / "pictures" / "synthetic.png"
-    sheet(path, [drawn[k:k + 5] for k in range(0, 15, 5)])
+    sheet(path, [drawn[k:k + 5] for k in range(0, 15, 5)], bones=True,
+          note="Hands as they are rendered; in every second picture their key points, hidden ones hollow.")
     print(f"wrote {path}")
 
 
