@@ -185,17 +185,20 @@ def words(text: str, size: int) -> Image.Image:
     return out
 
 
-def save_png(path: str | Path, image: Image.Image) -> None:
-    """Write a PNG as it is, in all its colours, into a folder that is made if need be."""
+def save_picture(path: str | Path, image: Image.Image) -> None:
+    """Write a picture into a folder that is made if need be: as it is, or as JPEG by its suffix."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
-        image.save(file, "PNG", optimize=True)
+        if Path(path).suffix == ".jpg":
+            image.save(file, "JPEG", quality=80, optimize=True)
+        else:
+            image.save(file, "PNG", optimize=True)
 
 
 def sheet(path: str | Path, rows: list[list], titles: Sequence[str] = (),
           labels: Sequence[str] = (), width: int = 900, note: str = "",
           bones: bool = False) -> Image.Image:
-    """Write a grid of pictures as a PNG `width` px wide, titles over columns, labels beside rows.
+    """Write a grid of pictures `width` px wide, titles over columns, labels beside rows.
 
     Every picture is scaled to its column; a cell may be None. Below stand the fingers' colours, if
     the sheet shows `bones`, and a `note` on what is seen. Returns what was written.
@@ -229,7 +232,7 @@ def sheet(path: str | Path, rows: list[list], titles: Sequence[str] = (),
             _text(ImageDraw.Draw(strip), (height / 2, strip.height / 2), labels[i], fit)
             out.paste(strip.rotate(90, expand=True), (gap // 2, y))
         y += height + gap
-    save_png(path, out)
+    save_picture(path, out)
     return out
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from common import (
     N_JOINTS, ROOT, invert, matrix_to_axis_angle, place, transform, view_intrinsics)
 from hand.drawing import (
-    draw_mesh, draw_side, draw_skeleton, label, legend, save_png, sheet)
+    draw_mesh, draw_side, draw_skeleton, label, legend, save_picture, sheet)
 from sources.index import Index, unmirror
 from sources.pictures import read_image
 
@@ -131,7 +131,7 @@ def draw_photo(out: Path, root: Path, path: str, hands: list[dict], faces: Tenso
     both.paste(drawn, (0, 0))
     both.paste(beside, (drawn.width, 0))
     both.paste(below, (6, beside.height))
-    save_png(out / f"{flat_name(path)}.png", both)
+    save_picture(out / f"{flat_name(path)}.png", both)
 
 
 def draw_bones(image: Image.Image, uv: np.ndarray) -> Image.Image:

@@ -1,7 +1,7 @@
 """What README shows, made again.
 
-    python tests/reproduce.py               tests/pictures/synthetic.png
-    python tests/reproduce.py RUN ...       sheet.png and the table of some runs' comparison
+    python tests/reproduce.py               tests/pictures/synthetic.jpg
+    python tests/reproduce.py RUN ...       sheet.jpg and the table of some runs' comparison
     python tests/reproduce.py labels        how far triangulated synthetic labels are from the truth
     python tests/reproduce.py claim NAME ... [--seeds N] [--budget X] [--jobs N] [--hours H] [--device D]
                                             what tests/claims/PLAN.md compares, going on where it was
@@ -12,7 +12,6 @@
 import argparse
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import eval as judge
 import hamuco
 from common import n_mpjpe, pa_mpjpe
-from hand.drawing import draw_skeleton, sheet
+from hand.drawing import draw_skeleton, save_picture, sheet
 from sources.synthetic import Synthetic
 
 from claims import papers, show
@@ -34,6 +33,7 @@ from claims.rows import CALIBRATE, CLAIMS, CORE, FURTHER
 from claims.sitting import Place, sit
 
 import torch
+from PIL import Image
 from scipy.stats import spearmanr
 
 CLAIM_GROUPS = {"core": CORE, "further": FURTHER, "calibrate": CALIBRATE}
@@ -43,7 +43,7 @@ def compare(runs: list[str]) -> None:
     """The same synthetic hands under several runs, side by side."""
     with tempfile.TemporaryDirectory() as folder:
         judge.main([*runs, "--data", "synthetic:calm", "--sheet", "--out", folder])
-        shutil.copy(Path(folder) / "sheet.png", Path(__file__).parent / "pictures")
+        save_picture(Path(__file__).parent / "pictures" / "sheet.jpg", Image.open(Path(folder) / "sheet.png"))
 
 
 def labels(moments: int = 256) -> None:
@@ -145,7 +145,7 @@ def main() -> None:
     clear = (batch["visible"].float().mean(1) > 0.5).nonzero()[:15, 0].tolist()
     drawn = [draw_skeleton(batch["image"][i], batch["uv"][i], visible=batch["visible"][i]) if k % 2
              else batch["image"][i] for k, i in enumerate(clear)]
-    path = Path(__file__).parent / "pictures" / "synthetic.png"
+    path = Path(__file__).parent / "pictures" / "synthetic.jpg"
     sheet(path, [drawn[k:k + 5] for k in range(0, 15, 5)], bones=True,
           note="Hands as they are rendered; in every second picture their key points, hidden ones hollow.")
     print(f"wrote {path}")

@@ -29,7 +29,7 @@ SMALL = ("--finetune synthetic:calm --image-size 32 --samples 24 --batch-size 24
 def cheap(monkeypatch):
     """What processes need is made before they are forked; and they draw no pictures."""
     builtin_hand()
-    monkeypatch.setattr("hand.drawing.save_png", lambda *_: None)
+    monkeypatch.setattr("hand.drawing.save_picture", lambda *_: None)
 
 
 # ---- Nothing happens

@@ -6,7 +6,7 @@ from PIL import Image
 
 from hand.drawing import (
     CURVE_COLOURS, FINGER_COLOURS, curve, draw_mesh, draw_side, draw_skeleton, figure, label, picture,
-    save_png, sheet)
+    save_picture, sheet)
 
 GREY = np.full((120, 120, 3), 128, np.uint8)
 
@@ -172,8 +172,10 @@ def test_a_sheet_says_below_what_its_colours_are_and_what_is_seen(tmp_path):
 
 def test_a_picture_is_written_in_all_its_colours(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (330, 330, 3), dtype=np.uint8)
-    save_png(tmp_path / "new" / "a.png", Image.fromarray(noise))
+    save_picture(tmp_path / "new" / "a.png", Image.fromarray(noise))
     assert np.array_equal(np.asarray(Image.open(tmp_path / "new" / "a.png")), noise)
+    save_picture(tmp_path / "a.jpg", Image.fromarray(noise))
+    assert Image.open(tmp_path / "a.jpg").format == "JPEG"
 
 
 def test_curve_is_where_its_axes_say_and_breaks_at_nan(tmp_path):
