@@ -405,7 +405,7 @@ def conclude(rows: dict[str, Row], asked: Asked, out: Path, all_rows: bool) -> N
         say("\n".join(texts))
         if not asked.submit:
             raise UserError(f"{asked.spec} {asked.split}: no sample has joints or key points to "
-                            "score against")
+                            "score against; --images DIR predicts pictures without")
         draw_rows(out / "samples.png", rows, some_of(len(first.errors), 6), [""] * 6,
                   "Six samples, evenly spread.")
         say(f"wrote {out}/samples.png")
