@@ -1194,6 +1194,7 @@ def report(cfg: Config, out: Path, names: list[str], device: torch.device) -> No
         content = load_checkpoint(out / f"train-{name}" / "final.pt")
         models[name] = build(stored_config(Config, content["cfg"])).to(device).eval()
         models[name].load_state_dict(content["model"])
+    COURSE.begin(SCORING)
     test = open_rig(cfg, "test", device, most=QUICK_TEST if cfg.quick else None)
     test = Rows(test, torch.arange(min(QUICK_TEST, len(test)))) if cfg.quick else test
     if not len(test):
@@ -1206,7 +1207,6 @@ def report(cfg: Config, out: Path, names: list[str], device: torch.device) -> No
         error = epe(f["uv_image"], f["batch"]["uv"]) * 256
         return {"within": shares_within(error / crop_side(f["batch"], cfg.image_size))}
 
-    COURSE.begin(SCORING)
     hand = hand_for(cfg.data[0], cfg.mano)
     exam = Exam(test, cfg.data[0], hand, scored_on(device), cfg.workers,
                 {"labels": against_labels, "fig_4": fig_4})

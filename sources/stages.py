@@ -154,11 +154,11 @@ def report(cfg: Any, out: Path, names: list[str], device: torch.device,
     if rank() == 0:
         save_checkpoint(out / "finetune.pt", last)                  # whatever the test split holds
     split = scored_split(cfg.finetune)
+    COURSE.begin(SCORING)
     test = open_data(cfg, (cfg.finetune,), split, side, margin, device)
     if not len(test):
         say(f"wrote {out}/finetune.pt; {cfg.finetune} has no {split} split, so nothing was scored")
         return
-    COURSE.begin(SCORING)
     hand = hand_for(cfg.finetune, cfg.mano)
     exam = Exam(test, cfg.finetune, hand, scored_on(device), cfg.workers)
     rows: dict[str, Row] = {}
