@@ -801,8 +801,8 @@ def test_each_command_runs_its_stages_with_their_options(monkeypatch, tmp_path):
     handmim.main(["--quick", "--variant", "no-recon", "pymaf-sampler", "--out", "a", "--device", "cpu"])
     row = "handmim-no-recon-pymaf-sampler"
     assert ran == [
-        ("pretrain", "handmim", ("no-recon",), 2),
-        ("finetune", row, str(Path("a", "backbone.pt")), ("pymaf-sampler",), "synthetic:calm", 9),
+        ("pretrain", "handmim", ("no-recon",), 1),
+        ("finetune", row, str(Path("a", "backbone.pt")), ("pymaf-sampler",), "synthetic:calm", 12),
         ("report", [row], HandNet, 112, 2.2)]
     ran.clear()
     handmim.main(["--finetune", "ho3d=DIR", "--init", "x/backbone-ibot.pt", "--out", "b", "--device", "cpu",
