@@ -132,7 +132,7 @@ IDLE = {                     # what has nothing left to do beside a variant
 }
 
 _QUICK = dict(data=("synthetic:calm",), backbone="resnet10", image_size=64, batch_size=8,
-              micro_batch=8, samples=1280, views=4, lr=1e-3, alpha=0.1, gamma=10.0, augment=0.1,
+              micro_batch=8, samples=1536, views=4, lr=1e-3, alpha=0.1, gamma=10.0, augment=0.1,
               workers=0)
 QUICK = {"single_view": _QUICK | dict(epochs=4), "hamuco": _QUICK | dict(epochs=3, warm_epochs=1)}
 
