@@ -1172,9 +1172,10 @@ def _describe(field: dataclasses.Field, quick: dict[str, dict[str, Any]]) -> str
             said = "paper: not stated" if field.name not in Flags.__dataclass_fields__ else ""
         shown = f"{stage}default {_shown(default)}" if _shown(default) else stage
         parts.append("; ".join(filter(None, (shown, said, why))))
-    values = {_shown(q[field.name]) for q in quick.values() if field.name in q}
-    if values:
-        parts.append(f"quick {' / '.join(sorted(values))}")
+    values = {stage: _shown(q[field.name]) for stage, q in quick.items() if field.name in q}
+    if values:                                  # in the order of the stages, or of the one that has
+        alone = f"{STAGES[min(values)][0]} " if len(values) < len(stages) else ""
+        parts.append(f"quick {alone}{' / '.join(dict.fromkeys(values.values()))}")
     text = f"{STAGES[note['stage']][0]}: {note['help']}" if note["stage"] else note["help"]
     if note["choices"] and field.name != "variant":
         text += f": {', '.join(note['choices'])}"

@@ -958,10 +958,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--inspect", action="store_true", help="draw 16 samples of --data and count what they have")
     add("--mano", default="", metavar="FILE", help="MANO_RIGHT.pkl or .npz, or builtin")
     add("--cache", default="cache", metavar="DIR",
-        help="rendered hands and indexes (default cache)")
+        help="rendered hands, indexes, and hands found in photos (default cache)")
     add("--workers", type=int, default=4, metavar="N",
         help="processes that read pictures (default 4)")
-    add("--device", default="auto", help="cpu, cuda, cuda:N or auto (default)")
+    add("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto (default)")
     args = parser.parse_args(argv)
     if not args.run and not args.inspect:
         raise UserError("name a run folder or a finetune.pt, or --inspect --data NAME (see --help)")

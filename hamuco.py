@@ -6,7 +6,7 @@ NMPJPE and 7.05 / 5.35 / 5.34 mm PA-MPJPE of single view, interaction and fusion
 (8.8 / 5.3 mm Opt-Center, 8.5 / 5.6 mm RANSAC). Nobody has run it at that size with this code.
 
     python hamuco.py --quick                                  minutes on a CPU, no data
-    python hamuco.py --data hanco=DIR --init resnet50.pth     the paper's training; --init: see 18
+    python hamuco.py --data hanco=DIR --init resnet50.pt      the paper's training; --init: see 18
     python hamuco.py --data hanco=DIR --backbone resnet18     its ablations, Table 4, with --variant
 
 The idea: a network that sees one view learns from noisy 2D labels of several synchronised ones. A
@@ -86,7 +86,7 @@ from sources import Rig, Rows, Source, batches, data_name, hand_for, open_data, 
 from sources.judging import LIMITS, Exam, Row, assess, predictions, shares_within
 from sources.loader import gather
 from sources.predictors import Predictor, answer, outputs, scored_on
-from sources.course import COURSE, SCORING, learning
+from sources.course import COURSE, SCORING, judging, learning
 from sources.progress import Run
 from sources.sheets import best_median_worst, draw_rows
 from sources.recipes import stored_config
@@ -1352,9 +1352,11 @@ def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
     if cfg.quick and "single-view" not in cfg.variant and "init" not in given:
         every = [stage_config(given, alone=True), cfg]
     cost = {one.variant: 1 if "single-view" in one.variant else 3 for one in every}
+    whole = [dataclasses.replace(one, epochs=one.epochs + one.mask_epochs) for one in every]
     work = {stage_name(row_of(one.variant), k): learning(one, one.views * cost[one.variant], False)
-            for one in every for k in range(1, one.rounds + 1)}
-    COURSE.plan(work | {SCORING: float(cfg.views * QUICK_TEST)})
+            for one in whole for k in range(1, one.rounds + 1)}
+    scored = float(cfg.views * QUICK_TEST) if cfg.quick else judging(cfg.views)
+    COURSE.plan(work | {SCORING: scored})
     if len(every) > 1:
         row = row_of(every[0].variant)
         fit(every[0], out, row, device)

@@ -48,8 +48,9 @@ Differs from the paper ("authors' code" and their logs: github.com/Mine268/TI-Ne
 14. Fine-tuning. The paper has the crop, three layers and MANO's pose. The rest is the authors' log
     (logs/23-20241016-1): L1 on rotation matrices, constant rate 7.5e-4, batch 128, 120 epochs, no
     decay. We start the last layer at zero and at the training set's mean pose, and add shape and a
-    weak-perspective camera, read from detached features, to draw pictures. Where there are joints
-    but no pose, L1 on rooted joints, 10 a metre, stands in.
+    weak-perspective camera, read from detached features, to draw pictures; it starts where the
+    joints' box fills the hand's in the crop. Where there are joints but no pose, L1 on rooted
+    joints, 10 a metre, stands in.
 15. Limit (ours). Eq. 3 is T_R(v; a) = A v + b(a): A does not know the angle. If it holds exactly on
     pictures and their turned copies, a = 0 says A u = u for differences u of latents, so T_R(v; a)
     = v + c(a) with one c for all; n turns give v + n c(a), which stays bounded only for c = 0.

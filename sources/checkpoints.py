@@ -44,6 +44,9 @@ def take_up(state: Any, file: Path, head: dict[str, Any], model: nn.Module,
         if not 0 <= state["step"] <= total:
             raise ValueError(f"it is at step {state['step']} of {total}")
         _match(state["model"], model.state_dict())
+        for group, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
+            if "fused" in group and "fused" in own:         # the device's, which may change
+                group["fused"] = own["fused"]
         _match_optimizer(state["optimizer"], optimizer)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])

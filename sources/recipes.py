@@ -25,7 +25,7 @@ def pretraining(init: str) -> dict[str, Any] | None:
     """The options that made the weights in a file, from config.json beside it, and their `name`.
 
     None where no pre-training here wrote the file, or it lies elsewhere by now. backbone.pt is that
-    of the one pre-training beside it that has no backbone-NAME.pt.
+    of the one pre-training beside it that has no backbone-NAME.pt, which older versions wrote too.
     """
     file = Path(init)
     made = {folder.name.removeprefix("pretrain-"): folder

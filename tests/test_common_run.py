@@ -70,6 +70,13 @@ def test_peclr_s_help_lists_every_paper_value_and_variant(command):
         assert value in text, value
 
 
+def test_help_gives_quick_values_in_the_order_of_the_stages_or_of_the_one_that_has_one():
+    """PeCLR: 2 epochs of pre-training and 10 of fine-tuning, whose rate alone is another; 64 px are those of both."""
+    option = {field.name: common._describe(field, peclr.QUICK) for field in dataclasses.fields(peclr.Config)}
+    assert option["epochs"].endswith("quick 2 / 10)") and option["lr"].endswith("quick fine-tuning 0.001)")
+    assert option["image_size"].endswith("quick 64)") and option["warmup_epochs"].endswith("quick pre-training 0.2)")
+
+
 def test_quick_changes_defaults_and_explicit_flags_win():
     given = parse(ti_net.Config, ["--quick", "--epochs", "9"], "x", ti_net.QUICK, {})
     cfg = settle(ti_net.Config, given, "finetune", ti_net.QUICK)

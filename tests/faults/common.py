@@ -105,6 +105,8 @@ FAULTS = [
     ("common.py", "        except (UserError, OSError, KeyboardInterrupt,", "        except (UserError, KeyboardInterrupt,", "sources/test_progress.py", "line_of_its_own"),
     ("common.py", "            signal.signal(number, old)\n", "            pass\n", "sources/test_progress.py", "line_of_its_own"),
     ("common.py", "if world() > 1 and any(words in text for words in GONE):", "if False:", "sources/test_progress.py", "neighbour"),
+    ("common.py", "' / '.join(dict.fromkeys(values.values()))", "' / '.join(sorted(set(values.values())))", "test_common_run.py", "quick_values"),
+    ("common.py", "if len(values) < len(stages) else", "if False else", "test_common_run.py", "quick_values"),
     ("common.py", 'cudnn.benchmark = chosen.type == "cuda"', 'cudnn.benchmark = chosen.type != "mps"', "test_common_run.py", "chooses_its_kernels"),
     ("common.py", 'return True if device.type == "cuda" else None', "return True", "test_common_run.py", "chooses_its_kernels"),
 ]

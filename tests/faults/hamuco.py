@@ -4,6 +4,8 @@ STEP, OLD = "test_hamuco_step.py", "test_hamuco.py"
 TWIN, LOOP, ROUND = "predict_feeds", "hand_written_loop", "second_round"
 
 FAULTS = [("hamuco.py", old, new, file, words) for old, new, file, words in [
+    ("epochs=one.epochs + one.mask_epochs)", "epochs=one.epochs)", "sources/test_stages.py", "random_masks"),
+    ("if cfg.quick else judging(cfg.views)", "", "sources/test_stages.py", "random_masks"),
     # Views
     ('"hamuco view", epoch, v) for v in range(V)]', '"hamuco view", epoch, 0) for v in range(V)]', STEP, "draws_differ"),
     ('"hamuco view", epoch, v) for v in range(V)]', '"hamuco view", 0, v) for v in range(V)]', STEP, "draws_differ"),

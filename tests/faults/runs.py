@@ -23,6 +23,7 @@ FAULTS = [
     ("sources/checkpoints.py", 'if not 0 <= state["step"] <= total:', 'if not 0 <= state["step"]:', "sources/test_progress.py", "wrong_types"),
     ("sources/checkpoints.py", '        _match(state["model"], model.state_dict())\n', "", "sources/test_progress.py", "wrong_types"),
     ("sources/checkpoints.py", '        _match_optimizer(state["optimizer"], optimizer)\n', "", "sources/test_progress.py", "wrong_types"),
+    ("sources/checkpoints.py", 'group["fused"] = own["fused"]', "pass", "sources/test_progress.py", "another_kernel"),
     ("sources/checkpoints.py", "    if broken := not_finite(model):\n", "    if broken := \"\":\n", "sources/test_progress.py", "wrong_types"),
     ("sources/checkpoints.py", 'if not wrong and state["method"] != head["method"]:', "if False:", "sources/test_progress.py", "wrong_types"),
     ("sources/checkpoints.py", "and name not in FREE and", "and", "sources/test_progress.py", "named_each"),

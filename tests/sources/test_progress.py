@@ -106,6 +106,24 @@ def test_other_options_are_named_each_and_places_may_change(tmp_path):
             begin(tmp_path, **own | more)
 
 
+def test_a_run_goes_on_on_a_device_whose_optimiser_has_another_kernel(tmp_path):
+    """A GPU's `fused` and a CPU's None, both ways: the state is the file's, the kernel the device's."""
+    for then, now in ((True, None), (None, True)):
+        folder = tmp_path / str(then)
+        run = begin(folder)
+        for group in run.optimizer.param_groups:
+            group["fused"] = then
+        step(run)
+        run.save()
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=now)
+        again = Run(folder, "ti_net", ti_net.Config(), model, optimizer, 20)
+        assert again.step == 1 and optimizer.param_groups[0]["fused"] is now
+        assert float(optimizer.state_dict()["state"][0]["exp_avg"][0, 0]) == pytest.approx(0.1)
+        step(again)
+
+
 # ---- Losses that are lost
 
 

@@ -122,3 +122,15 @@ def test_the_stages_that_are_told_are_those_that_run_in_their_order(name, monkey
     monkeypatch.setattr(COURSE, "work", {})
     script.run_stages({"quick": True}, tmp_path, torch.device("cpu"))
     assert list(COURSE.work) == QUICK[name] == done and all(work > 0 for work in COURSE.work.values())
+
+
+def test_epochs_with_random_masks_count_as_others_do_and_all_test_moments_are_scored(monkeypatch, tmp_path):
+    """Three epochs of 32,560 moments of 8 views at 3 x 3 a picture, then 2,000 moments; quick runs score 256."""
+    hamuco = importlib.import_module("hamuco")
+    for name in ("fit", "report"):
+        monkeypatch.setattr(hamuco, name, lambda *given: None)
+    monkeypatch.setattr(COURSE, "work", {})
+    hamuco.run_stages({"epochs": 0, "mask_epochs": 3}, tmp_path, torch.device("cpu"))
+    assert COURSE.work == {"train-hamuco": 3 * 32560 * 8 * 9, "scoring": 16000}
+    hamuco.run_stages({"quick": True}, tmp_path, torch.device("cpu"))
+    assert COURSE.work["scoring"] == 4 * 256
