@@ -49,6 +49,8 @@ Protocols, each named beside its numbers; the code stands in the data set's own 
                     below 30 px
     hanco           HaMuCo's (zxz267/HaMuCo @6885b7a): scaled by one bone about the middle MCP, and
                     Procrustes with a proper rotation; every picture of every camera counts once
+    h2o             H2O's: mean errors in the camera frame, unaligned, of left and of right hands.
+                    Networks without a root are given the true one
     ti_net          TI-Net's (Mine268/TI-Net, test_DexYCB.py @7c7f2779): truth and prediction both
                     posed with the TRUE betas, MANO joints, every frame, unlabelled ones included
 """

@@ -48,7 +48,7 @@ from typing import Protocol
 # common before torch: it settles how threads wait
 from common import Mano, UserError, permutation, say
 from hand import both_hands, user_hand
-from sources import cameras, coco, dexycb, folder, freihand, hanco, ho3d, interhand, yt3d
+from sources import cameras, coco, dexycb, folder, freihand, h2o, hanco, ho3d, interhand, yt3d
 from sources.hands import Hands, enough_px
 from sources.index import Index, Joints
 from sources.loader import Joined, Rows, Source, Targets
@@ -64,12 +64,12 @@ __all__ = ["DATA_NAMES", "Hands", "Index", "Joined", "Joints", "Rig", "Rows", "S
            "Views", "batches", "data_name", "hand_for", "joints_of", "open_data", "parse_data",
            "read_index", "scored_split", "training_steps"]
 
-# An index function reads one official layout into an `Index`: columns of numbers and picture paths,
-# one row a hand. `Hands` turns any Index into samples.
+# An index function reads one official layout into an `Index`, which `Hands` turns into samples.
 DATA_SETS = {
     "folder": folder.FOLDER, "imagenet": folder.IMAGENET, "freihand": freihand.FREIHAND,
     "yt3d": yt3d.YT3D, "coco": coco.COCO, "ho3d": ho3d.HO3D, "dexycb": dexycb.DEXYCB,
-    "interhand": interhand.INTERHAND, "hanco": hanco.HANCO, "cameras": cameras.CAMERAS}
+    "interhand": interhand.INTERHAND, "hanco": hanco.HANCO, "h2o": h2o.H2O,
+    "cameras": cameras.CAMERAS}
 DATA_NAMES = ("synthetic", *DATA_SETS)
 
 
@@ -166,8 +166,7 @@ def open_data(cfg: Options, specs: tuple[str, ...], split: str, size: int, margi
     A label may have several pictures (column `hand`: FreiHAND's four backgrounds): all or none.
     `unlabelled` also keeps DexYCB's frames without a label (see `index_dexycb`); `live` renders
     synthetic hands when they are asked for, on a CPU too; else `most` are rendered beforehand, if
-    given. `rig` asks for multi-view samples. UserError for names, folders and layouts that are not
-    what they should be.
+    given. `rig` asks for multi-view samples. UserError: a wrong name, folder or layout.
     """
     if cfg.root and len(specs) > 1:
         raise UserError("--root names the folder of one data set; give each of several NAME=DIR")

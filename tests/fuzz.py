@@ -71,6 +71,7 @@ from sources.cameras import index_cameras
 from sources.coco import index_coco
 from sources.folder import index_folder, index_imagenet
 from sources.freihand import index_freihand
+from sources.h2o import index_h2o
 from sources.hanco import index_hanco
 from sources.ho3d import index_ho3d
 from sources.interhand import index_interhand
@@ -530,6 +531,7 @@ READERS = {
                         "annotations/test/*.json", reading(index_interhand, "test", mano=HANDS)),
     "hanco": Reader(write_hanco, "calib/*/*.json|xyz/*/*.json|shape/*/*.json", reading(index_hanco, "train", mano=HANDS)),
     "hanco_labels": Reader(write_hanco, "rgb_2d_keypoints/*/*/*.json", reading(index_hanco, "train", mano=HANDS), True),
+    "h2o": Reader(trees.write_h2o, "subject1/*/*/*/*/*.txt|subject1/*/*/*/*.txt", reading(index_h2o, "train")),
     "cameras": Reader(functools.partial(write_rig, moving=True), "cameras.json", reading(index_cameras, "all")),
     "cameras_labels": Reader(write_rig, "labels/*/*.json", reading(index_cameras, "all"), True),
     "folder": Reader(write_labels, "labels.jsonl", reading(index_folder, "all"), True),

@@ -68,6 +68,7 @@ def test_data_sets_are_read_by_name(tmp_path):
 MEANT = {"freihand": ((744, 320, 443, 555, 672), True), "yt3d": ((744, 320, 443, 554, 671), True),
          "hanco": ((745, 317, 445, 556, 673), True), "cameras": ((745, 317, 445, 556, 673), True),
          "ho3d": ((744, 333, 444, 555, 672), False), "dexycb": ((745, 317, 444, 556, 673), False),
+         "h2o": ((745, 317, 444, 556, 673), False),
          "interhand": ((744, 320, 443, 554, 671), False), "coco": ((744, 320, 443, 554, 671), False),
          "folder": ((744, 320, 443, 554, 671), False), "imagenet": ((744, 320, 443, 554, 671), False),
          "synthetic": ((744, 320, 443, 554, 671), False)}

@@ -105,6 +105,28 @@ def write_label(folder: Path, frame: int, first: list[float], uv: float = 100, *
     np.savez(folder / f"labels_{frame:06d}.npz", **label | other)
 
 
+def write_h2o(root: Path, scenes: tuple[str, ...] = ("subject1/h1",), frames: int = 2) -> None:
+    """Two hands before three of five cameras, 0, 1 and 4; the frames lie 1 cm apart in world x, the right hand 0.2 m off."""
+    places = {0: ([[1, 0, 0], [0, 1, 0], [0, 0, 1]], [0, 0, 0]), 1: ([[0, 0, 1], [0, 1, 0], [-1, 0, 0]], [-0.5, 0, 0.5]),
+              4: ([[1, 0, 0], [0, 0, -1], [0, 1, 0]], [0, 0.5, 0.6])}                   # rotation and centre, camera to world
+    for home, camera in ((f"{scene}/0/cam{c}", c) for scene in scenes for c in places):
+        R, centre = np.array(places[camera][0], float), np.array(places[camera][1], float)
+        write = lambda name, values: (
+            (root / home / name).parent.mkdir(parents=True, exist_ok=True), (root / home / name).write_text("  ".join(map(str, values)) + " \n"))
+        write("cam_intrinsics.txt", [640.5, 636.25, 635.5, 366.75, 1280, 720])
+        for f in range(frames):
+            hands, fits = [], []
+            for side in range(2):
+                world = np.array([[0.2 * side + 0.01 * f + 0.002 * j, 0.001 * j, 0.5] for j in range(21)])
+                hands += [1, *((world - centre - [0, 0, 0.01 * f * (camera == 4)]) @ R).ravel()]
+                fits += [1, 0.1, 0.2, 0.3 + side, *[0.01 * k for k in range(48)], *[k - side for k in range(10)]]
+            P = np.eye(4)
+            P[:3, :3], P[:3, 3] = R, centre + [0, 0, 0.01 * f * (camera == 4)]         # the head moves
+            for name, values in (("hand_pose", hands), ("cam_pose", P.ravel()), ("hand_pose_mano", fits)):
+                write(f"{name}/{f:06d}.txt", values)
+            picture(root / home / "rgb" / f"{f:06d}.png", 32, 18)
+
+
 def write_interhand(root: Path, changes: dict | None = None, fits: dict | None = None) -> None:
     """v1.0 with the golden camera: two hands, a right, a left; `changes` to the annotations."""
     kinds = ["interacting", "right", "left"]
