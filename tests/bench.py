@@ -1,7 +1,8 @@
 """Speed and memory, as ratios against a baseline measured in the same run: python tests/bench.py [NAME ...]
 
     feed      pictures a second a core, read and kept, against torchvision's ImageFolder with Pillow; a step's
-              micro-batches waited for one by one against all at once
+              micro-batches waited for one by one against all at once; HanCo's squares with the px they have against
+              those asked for; labels before step 1, columns at once against row by row
     launches  operators of a step, numbers the host reads and copies it waits for, as a GPU would be asked
     precision forward and backward in bfloat16 against float32 on this CPU: back-bones, steps of --quick
     mano      our layer against smplx 0.1.28 on the same model (`pip install --no-deps smplx`); "not run" without
@@ -10,8 +11,8 @@
               all scores of joints; and of meshes with F-scores under FreiHAND's protocols
     ti_net    12 encoder passes a sample against the 27 that Algorithm 1 writes; decoder and warp share
     hamuco    triangulation in a batch against a loop with one SVD a point; refinement that stops early; views
-    handmim   the share of a step outside the networks; Eq. 8's decoder in our order and as printed
-    peclr     two views a picture against Pillow's, one by one; the share of a step outside the network;
+    handmim   the share of a step outside the networks, and of its masks; Eq. 8's decoder in our order and as printed
+    peclr     two views a picture against Pillow's, one by one; Sobel by hypot against a norm; the share of a step outside the network;
               memory of a step of 512 pictures, in one graph and cached
     rss       memory of a fresh process at steps 50 and 300
     start     processor seconds of --help of the five commands against importing torch and torchvision alone
