@@ -48,7 +48,8 @@ from typing import Protocol
 # common before torch: it settles how threads wait
 from common import Mano, UserError, permutation, say
 from hand import both_hands, user_hand
-from sources import cameras, coco, dexycb, folder, freihand, h2o, hanco, ho3d, interhand, yt3d
+from sources import (
+    cameras, coco, dexycb, doh100, folder, freihand, h2o, hanco, ho3d, interhand, yt3d)
 from sources.hands import Hands, enough_px
 from sources.index import Index, Joints
 from sources.loader import Joined, Rows, Source, Targets
@@ -69,7 +70,7 @@ DATA_SETS = {
     "folder": folder.FOLDER, "imagenet": folder.IMAGENET, "freihand": freihand.FREIHAND,
     "yt3d": yt3d.YT3D, "coco": coco.COCO, "ho3d": ho3d.HO3D, "dexycb": dexycb.DEXYCB,
     "interhand": interhand.INTERHAND, "hanco": hanco.HANCO, "h2o": h2o.H2O,
-    "cameras": cameras.CAMERAS}
+    "100doh": doh100.DOH100, "cameras": cameras.CAMERAS}
 DATA_NAMES = ("synthetic", *DATA_SETS)
 
 

@@ -69,6 +69,7 @@ from PIL import Image
 from sources import Hands, Index
 from sources.cameras import index_cameras
 from sources.coco import index_coco
+from sources.doh100 import index_doh100
 from sources.folder import index_folder, index_imagenet
 from sources.freihand import index_freihand
 from sources.h2o import index_h2o
@@ -531,6 +532,7 @@ READERS = {
                         "annotations/test/*.json", reading(index_interhand, "test", mano=HANDS)),
     "hanco": Reader(write_hanco, "calib/*/*.json|xyz/*/*.json|shape/*/*.json", reading(index_hanco, "train", mano=HANDS)),
     "hanco_labels": Reader(write_hanco, "rgb_2d_keypoints/*/*/*.json", reading(index_hanco, "train", mano=HANDS), True),
+    "100doh": Reader(trees.write_doh100, "Annotations/*.xml|ImageSets/Main/train.txt", reading(index_doh100, "train")),
     "h2o": Reader(trees.write_h2o, "subject1/*/*/*/*/*.txt|subject1/*/*/*/*.txt", reading(index_h2o, "train")),
     "cameras": Reader(functools.partial(write_rig, moving=True), "cameras.json", reading(index_cameras, "all")),
     "cameras_labels": Reader(write_rig, "labels/*/*.json", reading(index_cameras, "all"), True),

@@ -127,6 +127,26 @@ def write_h2o(root: Path, scenes: tuple[str, ...] = ("subject1/h1",), frames: in
             picture(root / home / "rgb" / f"{f:06d}.png", 32, 18)
 
 
+def write_doh100(home: Path, frames: dict[str, list] | None = None) -> None:
+    """Frames of 40 x 30 px, each with an object beside its hands (handside, xmin, ymin, xmax, ymax)."""
+    frames = frames or {"diy_v_AbCdEfGhIjK_frame000123": [("1", 11, 21, 30, 30), ("0", 1, 1, 8, 16)],
+                        "vlog_v_0123456789a_frame000001": [("1", 11, 21, 30, 30)]}
+    tag = lambda name, *inside: f"<{name}>{' '.join(map(str, inside))}</{name}>"
+    for name, hands in frames.items():
+        things = []
+        for side, *edges in [*hands, ("None", 2, 2, 20, 20)]:
+            box = tag("bndbox", *map(tag, ("xmin", "ymin", "xmax", "ymax"), edges))
+            kind = "hand" if len(things) < len(hands) else "targetobject"
+            things.append(tag("object", tag("name", kind), tag("difficult", 0), box, "" if side is None else tag("handside", side)))
+        file = home / "Annotations" / f"{name}.xml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(tag("annotation", tag("filename", f"{name}.jpg"), *things) + "\n")
+        picture(home / "JPEGImages" / f"{name}.jpg", 40, 30)
+    file = home / "ImageSets" / "Main" / "train.txt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(frames) + "\n")
+
+
 def write_interhand(root: Path, changes: dict | None = None, fits: dict | None = None) -> None:
     """v1.0 with the golden camera: two hands, a right, a left; `changes` to the annotations."""
     kinds = ["interacting", "right", "left"]
