@@ -114,7 +114,7 @@ class Synthetic(Source):
     camera within 60 degrees, +-45 in plane, plain backgrounds. Otherwise the hand's rotation is
     uniform on SO(3), so palm and back, and every angle between, are equally often seen.
     Domain B: darker skin, warm hard light, near wide-angle camera, colourful clutter, blur, noise.
-    Domain C, to learn for photos: all of both and more, under any exposure and colour cast.
+    Domain C, to learn for photos: nearly all of both and more, in any exposure and colour cast.
     `outliers` and `detector` are the labels' noise: the share of lost joints, and how much of the
     picture's side the detector's own square had, in which it errs (see `noisy_labels`).
     """
