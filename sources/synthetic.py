@@ -94,13 +94,15 @@ class Domain(NamedTuple):
     saturation: float = 0.12                        # of the background
     exposure: tuple[float, float] = (0.8, 1.3)      # factor of all light
     cast: float = 0.08                              # how far apart its three colours' factors lie
+    upright: float = 0.0                            # share of hands with fingers up, palm or back
+    edges: float = 0.0                              # chance of a side that the photo ends before
 
 
 DOMAINS = {"A": Domain(),
            "B": Domain((0.25, 0.95), (0.3, 1.2), (0.1, 0.4), (0.28, 0.5), 0.45, (0.4, 1.2),
                        (0.015, 0.045), 14, 0.24),
            "C": Domain((0.0, 1.0), (-0.6, 1.3), (0.1, 0.75), (0.3, 1.6), 0.4, (0.0, 1.6),
-                       (0.0, 0.05), 14, 0.3, (0.4, 2.0), 0.6)}
+                       (0.0, 0.05), 14, 0.3, (0.4, 2.0), 0.6, 0.6, 0.2)}
 LENGTH = {"val": 1000, "test": 2000}
 
 
@@ -114,7 +116,8 @@ class Synthetic(Source):
     camera within 60 degrees, +-45 in plane, plain backgrounds. Otherwise the hand's rotation is
     uniform on SO(3), so palm and back, and every angle between, are equally often seen.
     Domain B: darker skin, warm hard light, near wide-angle camera, colourful clutter, blur, noise.
-    Domain C, to learn for photos: nearly all of both and more, in any exposure and colour cast.
+    Domain C, to learn for photos: nearly all of both and more, under any exposure and colour cast,
+    most hands with their fingers up, some near the edge of the photo.
     `outliers` and `detector` are the labels' noise: the share of lost joints, and how much of the
     picture's side the detector's own square had, in which it errs (see `noisy_labels`).
     """
@@ -312,8 +315,9 @@ class Synthetic(Source):
 
     def _turns(self, index: Tensor) -> Tensor:
         """The hand's rotation in the world, (B, 3, 3)."""
-        if not self.calm:                               # two normal vectors made orthonormal
-            return six_d_to_matrix(normal(index, 6, self.seed, "turn"))
+        free = six_d_to_matrix(normal(index, 6, self.seed, "turn"))      # two vectors, orthonormal
+        if not self.calm and not self.domain.upright:
+            return free
         u = uniform(index, 3, self.seed, "cone")
         tilt = math.radians(60) * u[:, :1].sqrt()
         angle = 2 * math.pi * u[:, 1]
@@ -321,7 +325,13 @@ class Synthetic(Source):
         roll = F.pad(math.radians(90) * (u[:, 2:] - 0.5), (2, 0))
         # palm to the camera, fingers up: hand x is down, y into the picture, z right
         base = torch.tensor([[0.0, 0, 1], [1, 0, 0], [0, 1, 0]], device=index.device)
-        return axis_angle_to_matrix(roll) @ axis_angle_to_matrix(axis * tilt) @ base
+        leaning = axis_angle_to_matrix(roll) @ axis_angle_to_matrix(axis * tilt)
+        if self.calm:
+            return leaning @ base
+        u = uniform(index, 2, self.seed, "upright")
+        behind = torch.tensor([[-1.0], [1], [-1]]) * base                # half a turn: the back
+        side = torch.where((u[:, 0] < 0.5)[:, None, None], base, behind)
+        return torch.where((u[:, 1] < self.domain.upright)[:, None, None], leaning @ side, free)
 
     def _world(self, index: Tensor, eye: Tensor) -> dict[str, Tensor]:
         """Hand, forearm and occluder around the world's origin, with their colours.
@@ -455,6 +465,12 @@ class Synthetic(Source):
         grain = [((words >> k) & 1023) + ((words >> (k + 10)) & 1023) for k in (3, 23, 43)]
         grain = (torch.cat(grain, 1) - 1023).float() / 417.7              # triangular, variance 1
         display = display + grain * ramp(u[:, 5], *domain.noise)[:, None, None, None]
+        if domain.edges:                                     # outside of a photo pictures are black
+            ends, cut = uniform(image, 8, seed, "edges").chunk(2, 1)
+            reach = torch.where(cut < domain.edges, ramp(ends, min(1.1 / self.margin, 1), 1), 1)
+            at = torch.linspace(-1, 1, size, device=image.device)
+            x, y = ((-at <= reach[:, k:k + 1]) & (at <= reach[:, k + 1:k + 2]) for k in (0, 2))
+            display = display * (y[:, None, :, None] & x[:, None, None])
         return (display * 255 + 0.5).clamp(0, 255).byte()
 
     def _wallpaper(self, image: Tensor) -> Tensor:
