@@ -1,6 +1,9 @@
 """Faults of sources: file, line as it stands, line as broken, the test file and the part of the test's name."""
 
 FAULTS = [
+    ("sources/synthetic.py", "(u[:, 1] < self.domain.upright)", "(u[:, 0] < self.domain.upright)", "sources/test_synthetic.py", "domain_c"),
+    ("sources/synthetic.py", "ramp(ends, min(1.1 / self.margin, 1), 1)", "ramp(ends, 0.1, 1)", "sources/test_synthetic.py", "domain_c"),
+    ("sources/synthetic.py", "x, y = ((-at <=", "x, y = ((-at >=", "sources/test_synthetic.py", "domain_c"),
     ("sources/synthetic.py", 'kept = seed if part == "train" else 0', "kept = seed", "sources/test_synthetic.py", "all_seeds_share"),
     ("sources/synthetic.py", "count = len(source) if most is None else min(most, len(source))", "count = len(source)", "sources/test_synthetic.py", "all_seeds_share"),
     # which samples, in which order

@@ -138,6 +138,24 @@ def test_parts_seeds_and_domains_share_no_sample_and_test_ignores_the_seed():
     assert len(Synthetic(64)) == 32560
 
 
+def test_domain_c_has_fingers_up_palm_and_back_alike_and_photos_that_end():
+    """Of hands six in ten lean at most 60 degrees and roll 45; the palm's side is drawn; nothing ends over a joint."""
+    data = Synthetic(64, domain="C", margin=2.2)
+    turns = data._turns(torch.arange(512))
+    fingers, palm = turns @ torch.tensor([-1.0, 0, 0]), turns @ torch.tensor([0.0, -1, 0])       # from the wrist; out of the palm
+    up, seen = -fingers[:, 1], -palm[:, 2]
+    assert 0.6 < float((up > 0.3).float().mean()) < 0.8 and abs(float((up > -2).float().mean()) - 1) < 1e-6
+    high = seen[up > 0.6]
+    assert 0.35 < float((high > 0.4).float().mean()) < 0.6 and 0.35 < float((high < -0.4).float().mean()) < 0.6
+    batch = data.batch(torch.arange(24))
+    black = (batch["image"] == 0).all(1)                                         # (24, 64, 64): whole rows or columns
+    ends = torch.stack([black[:, 0].all(1), black[:, -1].all(1), black[..., 0].all(1), black[..., -1].all(1)], 1)
+    assert 8 < int(ends.sum()) < 34 and bool(ends.any(0).all())
+    at = batch["uv"].round().long().clamp(0, 63)
+    assert not black.logical_and(black.all(1, keepdim=True) | black.all(2, keepdim=True))[
+        torch.arange(24)[:, None], at[..., 1], at[..., 0]].any()
+
+
 def test_views_show_the_same_hand_through_their_cameras(mano):
     batch = Synthetic(64, views=4).batch(torch.arange(6))
     M, joints = batch["cameras"], batch["joints"]
@@ -317,7 +335,7 @@ def test_wrong_requests_are_refused():
     with pytest.raises(UserError, match="train, val and test"):
         Synthetic(64, part="dev")
     with pytest.raises(UserError, match="domains A, B"):
-        Synthetic(64, domain="C")
+        Synthetic(64, domain="D")
     data = Synthetic(64, samples=20)
     for bad in ([20], [-1], []):
         with pytest.raises(IndexError):
