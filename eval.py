@@ -51,6 +51,8 @@ Protocols, each named beside its numbers; the code stands in the data set's own 
                     Procrustes with a proper rotation; every picture of every camera counts once
     h2o             H2O's: mean errors in the camera frame, unaligned, of left and of right hands.
                     Networks without a root are given the true one
+    assembly101     AssemblyHands' (assemblyhands-toolkit @73fe963): the mean over 42 joints of each
+                    joint's mean where it is visible, wrists at zero
     ti_net          TI-Net's (Mine268/TI-Net, test_DexYCB.py @7c7f2779): truth and prediction both
                     posed with the TRUE betas, MANO joints, every frame, unlabelled ones included
 """

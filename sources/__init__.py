@@ -49,7 +49,7 @@ from typing import Protocol
 from common import Mano, UserError, permutation, say
 from hand import both_hands, user_hand
 from sources import (
-    cameras, coco, dexycb, doh100, folder, freihand, h2o, hanco, ho3d, interhand, yt3d)
+    assembly101, cameras, coco, dexycb, doh100, folder, freihand, h2o, hanco, ho3d, interhand, yt3d)
 from sources.hands import Hands, enough_px
 from sources.index import Index, Joints
 from sources.loader import Joined, Rows, Source, Targets
@@ -69,8 +69,8 @@ __all__ = ["DATA_NAMES", "Hands", "Index", "Joined", "Joints", "Rig", "Rows", "S
 DATA_SETS = {
     "folder": folder.FOLDER, "imagenet": folder.IMAGENET, "freihand": freihand.FREIHAND,
     "yt3d": yt3d.YT3D, "coco": coco.COCO, "ho3d": ho3d.HO3D, "dexycb": dexycb.DEXYCB,
-    "interhand": interhand.INTERHAND, "hanco": hanco.HANCO, "h2o": h2o.H2O,
-    "100doh": doh100.DOH100, "cameras": cameras.CAMERAS}
+    "interhand": interhand.INTERHAND, "hanco": hanco.HANCO, "h2o": h2o.H2O, "100doh": doh100.DOH100,
+    "assembly101": assembly101.ASSEMBLY101, "cameras": cameras.CAMERAS}
 DATA_NAMES = ("synthetic", *DATA_SETS)
 
 

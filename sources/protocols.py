@@ -13,7 +13,7 @@ from pathlib import Path
 
 # common before torch: it settles how threads wait
 from common import Mano
-from sources import coco, dexycb, freihand, h2o, hanco, ho3d, interhand, yt3d
+from sources import assembly101, coco, dexycb, freihand, h2o, hanco, ho3d, interhand, yt3d
 from sources.index import Index
 
 from torch import Tensor
@@ -23,7 +23,7 @@ Protocol = Callable[[dict, Mano], dict[str, Tensor]]
 PROTOCOLS: dict[str, dict[str, Protocol]] = {
     "dexycb": dexycb.PROTOCOLS, "interhand": interhand.PROTOCOLS, "freihand": freihand.PROTOCOLS,
     "ho3d": ho3d.PROTOCOLS, "yt3d": yt3d.PROTOCOLS, "coco": coco.PROTOCOLS,
-    "hanco": hanco.PROTOCOLS, "h2o": h2o.PROTOCOLS}
+    "hanco": hanco.PROTOCOLS, "h2o": h2o.PROTOCOLS, "assembly101": assembly101.PROTOCOLS}
 
 # (folder, index, {"joints": (N, 21, 3) m, perhaps "verts": (N, 778, 3)}) -> the file, un-mirrored
 SUBMIT: dict[str, Callable[[Path, Index, dict[str, Tensor]], Path]] = {

@@ -67,6 +67,7 @@ from hand.builtin import builtin_hand
 from hand.official import MANO_SHAPES, load_mano, save_mano
 from PIL import Image
 from sources import Hands, Index
+from sources.assembly101 import index_assembly101
 from sources.cameras import index_cameras
 from sources.coco import index_coco
 from sources.doh100 import index_doh100
@@ -533,6 +534,7 @@ READERS = {
     "hanco": Reader(write_hanco, "calib/*/*.json|xyz/*/*.json|shape/*/*.json", reading(index_hanco, "train", mano=HANDS)),
     "hanco_labels": Reader(write_hanco, "rgb_2d_keypoints/*/*/*.json", reading(index_hanco, "train", mano=HANDS), True),
     "100doh": Reader(trees.write_doh100, "Annotations/*.xml|ImageSets/Main/train.txt", reading(index_doh100, "train")),
+    "assembly101": Reader(trees.write_assembly101, "annotations/val/*.json", reading(index_assembly101, "val")),
     "h2o": Reader(trees.write_h2o, "subject1/*/*/*/*/*.txt|subject1/*/*/*/*.txt", reading(index_h2o, "train")),
     "cameras": Reader(functools.partial(write_rig, moving=True), "cameras.json", reading(index_cameras, "all")),
     "cameras_labels": Reader(write_rig, "labels/*/*.json", reading(index_cameras, "all"), True),

@@ -147,6 +147,29 @@ def write_doh100(home: Path, frames: dict[str, list] | None = None) -> None:
     file.write_text("\n".join(frames) + "\n")
 
 
+def write_assembly101(root: Path, changes: dict | None = None, split: str = "val") -> None:
+    """Two frames before two headset cameras: joint j of the 42 at (4 j, 2 j, 0) mm in frame 520, 50 mm farther in 522."""
+    sequence, cameras = "nusar-2021_action_both_9012-c07c", ["HMC_84346135", "HMC_84355350"]
+    places = [[[1, 0, 0, 10], [0, 1, 0, 20], [0, 0, 1, 400]], [[0, 0, -1, 0], [0, 1, 0, 0], [1, 0, 0, 300]]]
+    images, notes = [], []
+    for i, (frame, camera) in enumerate((frame, camera) for frame in (520, 522) for camera in cameras):
+        name = f"ego_images_rectified/{split}/{sequence}/{camera}_mono10bit/{frame:06d}.jpg"
+        images.append({"id": 7 + i, "file_name": name, "width": 636, "height": 480, "seq_name": sequence, "camera": camera, "frame_idx": frame})
+        notes.append({"id": 30 + i, "image_id": 7 + i, "bbox": {"right": [201.5, 180.0, 290.25, 262.75], "left": [10, 20, 30, 60]},
+                      "joint_valid": [1] * 42, "keypoints": [[1.0, 2.0]] * 42} | (changes or {}).get(i, {}))
+        picture(root / "images" / name, 32, 24)
+    keys = [f"{camera}_mono10bit" for camera in cameras]
+    calibration = {"intrinsics": {key: [[134.5, 0, 321], [0, 134.5, 238], [0, 0, 1]] for key in keys},
+                   "extrinsics": {f"{frame:06d}": dict(zip(keys, places)) for frame in (520, 522)}}
+    joints = {f"{frame:06d}": {"world_coord": [[4.0 * j, 2.0 * j, 25.0 * (frame - 520)] for j in range(42)], "joint_valid": [1] * 41 + [0]}
+              for frame in (520, 522)}
+    for kind, content in (("ego_data", {"images": images, "annotations": notes}), ("ego_calib", {"calibration": {sequence: calibration}}),
+                          ("joint_3d", {"annotations": {sequence: joints}})):
+        file = root / "annotations" / split / f"assemblyhands_{split}_{kind}_v1-1.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content))
+
+
 def write_interhand(root: Path, changes: dict | None = None, fits: dict | None = None) -> None:
     """v1.0 with the golden camera: two hands, a right, a left; `changes` to the annotations."""
     kinds = ["interacting", "right", "left"]
