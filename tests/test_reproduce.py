@@ -15,7 +15,7 @@ import hamuco
 import handmim
 import peclr
 import ti_net
-from claims import canonpose, measure, papers, show, sitting, verdict
+from claims import canonpose, lt_algebraic, measure, papers, show, sitting, verdict
 from claims.plan import (
     BATCH, ROOT, Claim, Comparison, Row, Scale, Tuning, Weights, budgets_of, epochs_of, momentum,
     pictures_of, pretrain_words, tune_words)
@@ -30,8 +30,8 @@ SCRIPTS = {"ti_net.py": ti_net, "handmim.py": handmim, "peclr.py": peclr, "hamuc
 
 def accepted(words):
     """The Config that a command line gives, as far as the script checks before it reads any data."""
-    if words[0] == "tests/claims/canonpose.py":
-        return canonpose.options(words[1:])
+    if words[0].startswith("tests/claims/"):
+        return {"canonpose.py": canonpose, "lt_algebraic.py": lt_algebraic}[words[0][13:]].options(words[1:])
     script = SCRIPTS[words[0]]
     given = parse(script.Config, words[1:], script.__doc__, script.QUICK, script.VARIANTS)
     stage = "finetune" if given.get("finetune") else "pretrain"
@@ -61,9 +61,9 @@ def test_the_scripts_accept_every_planned_command(claim):
             if row.weights:
                 cfg = accepted(pretrain_words(row.weights, 2, budget, "out", "cache", scale, 1e-3))
                 assert cfg.seed == 2
-                lifted = row.weights.script == "canonpose"
-                assert lifted or cfg.backbone == ("vit_mini" if row.weights.script == "handmim" else "resnet10")
-                assert lifted or cfg.epochs == epochs_of(row.weights, budget, scale)
+                no_pictures = row.weights.script in ("canonpose", "lt_algebraic")
+                assert no_pictures or cfg.backbone == ("vit_mini" if row.weights.script == "handmim" else "resnet10")
+                assert no_pictures or cfg.epochs == epochs_of(row.weights, budget, scale)
                 assert cfg.data == ("synthetic",) and cfg.out == "out" and cfg.cache == "cache"
                 assert pictures_of(row.weights, budget, scale) == budget * 131_072
         for tuning in claim.tunings:
@@ -363,6 +363,103 @@ def test_lifted_labels_come_near_the_hands_and_their_fusion_nearer():
     before = 1000 * pa_mpjpe(canonpose.predict(canonpose.Lifter(64), batch)["single"]["joints"].flatten(0, 1),
                              joints.flatten(0, 1)).nanmean()
     assert losses[-1] < 0.6 * losses[0] and found["single"] < 0.85 * before and found["fusion"] < 0.9 * found["single"]
+
+
+def rig_of_labels(n=8, V=4):
+    """Moments before cameras on a ring, labels half a px off, 20 px in one view a moment, whose confidence is the highest."""
+    g = torch.Generator().manual_seed(0)
+    world = 0.03 * torch.randn(n, 21, 3, generator=g)
+    turn = 2 * math.pi * torch.arange(V) / V + 0.3 * torch.rand(n, V, generator=g)
+    cos, sin, none = turn.cos(), turn.sin(), torch.zeros(n, V)
+    R = torch.stack([cos, none, -sin, none, none + 1, none, sin, none, cos], -1).view(n, V, 3, 3)
+    cameras = torch.eye(4).repeat(n, V, 1, 1)
+    cameras[..., :3, :3], cameras[..., 2, 3] = R, 0.6
+    K = torch.tensor([[500.0, 0, 64], [0, 500, 64], [0, 0, 1]]).repeat(n, V, 1, 1)
+    seen = (world[:, None] @ R.mT + torch.tensor([0, 0, 0.6])) @ K.mT
+    uv = seen[..., :2] / seen[..., 2:]
+    bad = torch.nn.functional.one_hot(torch.randint(V, (n,), generator=g), V)[..., None]             # (n, V, 1)
+    noise = torch.randn(uv.shape, generator=g) * torch.where(bad == 1, 20.0, 0.5)[..., None]
+    c = torch.where(bad == 1, 0.9, 0.3 + 0.5 * torch.rand(n, V, 21, generator=g))
+    return world, bad[..., 0] == 1, uv, {"uv_label": uv + noise, "confidence": c, "K": K, "cameras": cameras,
+                                         "view_ok": torch.ones(n, V, dtype=torch.bool), "side_px": torch.full((n,), 128.0)}
+
+
+def test_learnt_confidences_weight_a_bad_view_less_whatever_its_detector_says():
+    world, bad, _, batch = rig_of_labels()
+    torch.manual_seed(0)
+    model = lt_algebraic.Weigher(width=32)
+    before = lt_algebraic.predict(model, batch)["dlt_learnt"]
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(12):
+        optimizer.zero_grad()
+        model.loss(batch).backward()
+        optimizer.step()
+    with torch.no_grad():
+        weight = model(*canonpose.labels(batch)[:2])
+    found = lt_algebraic.predict(model, batch)["dlt_learnt"]
+    true = hamuco.to_cameras(world, batch["cameras"])
+    error = [(x["joints"] - true).norm(dim=-1).mean() for x in (before, found)]
+    assert weight[bad].mean() < 0.2 * weight[~bad].mean()
+    assert error[1] < 0.2 * error[0] and found["uv"].shape == batch["uv_label"].shape
+
+
+def test_a_held_out_label_is_compared_with_the_other_views_and_cannot_vouch_for_itself():
+    _, _, uv, batch = rig_of_labels(2, 3)
+    P, limit = lt_algebraic.cameras_of(batch), torch.tensor([10.0, 20.0])
+    c = torch.ones(2, 3, 21)
+    weight = torch.rand(2, 3, 21).double().requires_grad_()
+    assert lt_algebraic.held_out(weight, uv, c, P, limit) < 1e-6
+    c[:, :2], uv = 1e-9, uv + torch.tensor([0, 0, 1.0])[:, None, None] * torch.tensor([6.0, 8.0])       # view 2, 10 px off
+    loss = lt_algebraic.held_out(weight, uv, c, P, limit)
+    assert loss.item() == pytest.approx((math.log(2) + math.log(1.25)) / 2, rel=1e-3)
+    assert torch.autograd.grad(loss, weight)[0].abs().max() < 1e-6
+
+
+def test_confidences_learn_through_the_triangulation_by_its_derivative():
+    _, _, _, batch = rig_of_labels(2, 4)
+    uv, c, _ = canonpose.labels(batch)
+    uv, c, P, limit = uv[:, :, :3].double(), c[:, :, :3].double(), lt_algebraic.cameras_of(batch), torch.full((2,), 15.0).double()
+    weight = (0.4 + 0.2 * torch.rand(2, 4, 3, generator=torch.Generator().manual_seed(0))).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda w: lt_algebraic.held_out(w, uv, c, P, limit), weight, eps=1e-5,
+                                    check_undefined_grad=False)
+
+
+@pytest.mark.parametrize("apart", [0, 1e-9, 1e-5])
+def test_gradients_are_finite_and_small_where_singular_values_are_equal_or_near(apart):
+    """Of two views whose rows, each 0.7 long in each of four axes, triangulate to any point at all."""
+    P = torch.tensor([[[-1.0, 0, -1, 0], [0, -1, 0, -1], [0, 0, 1, 0]], [[-1, 0, 1, 0], [0, -1, 0, 1], [0, 0, 1, 0]],
+                      [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1]]]).double()[None]
+    P = P + apart * torch.randn(P.shape, generator=torch.Generator().manual_seed(0))
+    c = torch.ones(1, 3, 21)
+    c[:, :2] = 1e-9                                                    # view 2 is held out, as far as counts
+    weight = torch.full((1, 3, 21), 0.5).double().requires_grad_()
+    (slope,) = torch.autograd.grad(lt_algebraic.held_out(weight, torch.zeros(1, 3, 21, 2), c, P, torch.ones(1)), weight)
+    assert slope.isfinite().all() and 21 * slope.norm(dim=1).max() <= 1.0001 * lt_algebraic.STEEPEST
+
+
+def test_views_that_are_missing_teach_nothing_and_spoil_nothing():
+    _, _, _, batch = rig_of_labels(2, 4)
+    for lost in ((0, 2), (0, 3), (1, 2)):
+        batch["view_ok"][lost], batch["cameras"][lost], batch["uv_label"][lost] = False, math.nan, math.nan
+    uv, c, _ = canonpose.labels(batch)
+    weight = torch.full((2, 4, 21), 0.5).requires_grad_()
+    loss = lt_algebraic.held_out(weight, uv, c, lt_algebraic.cameras_of(batch), torch.full((2,), 15.0))
+    (slope,) = torch.autograd.grad(loss, weight)
+    assert slope.isfinite().all() and (slope[0] == 0).all()       # with two views there is none to hold out
+    assert (slope[1, [0, 1, 3]] != 0).all() and (slope[1, 2] == 0).all()
+    found = lt_algebraic.predict(lt_algebraic.Weigher(8), batch)["dlt_learnt"]["joints"]
+    assert found[0, :2].isfinite().all() and found[1, [0, 1, 3]].isfinite().all()
+
+
+def test_a_gradient_is_cut_to_its_longest_and_dropped_where_it_is_not_finite():
+    gradient = torch.tensor([[math.nan, 1], [3, 4], [0.3, 0.4], [math.inf, 0]])
+    cut = lt_algebraic.tamed(gradient, torch.tensor([1, 2, 2, 1.0]))
+    assert torch.allclose(cut, torch.tensor([[0, 0], [1.2, 1.6], [0.3, 0.4], [0, 0]]))
+
+
+def test_two_views_are_too_few_to_hold_one_out():
+    with pytest.raises(SystemExit, match="--views must be 3 or more"):
+        lt_algebraic.options(["--out", "X", "--views", "2"])
 
 
 # ---- Verdicts ------------------------------------------------------------------------------------

@@ -6,6 +6,6 @@
     measure.py   a trained row's scores: ridge probe of frozen features, the judge, curves
     verdict.py   differences, their intervals, the verdict
     show.py      tables for the screen and for README
-    canonpose.py  a baseline of HaMuCo's: 2D labels lifted to 3D
+    canonpose.py, lt_algebraic.py  baselines of HaMuCo's: 2D labels lifted to 3D, or triangulated by learnt confidences
     papers.py    every table and figure of the four papers, with its command at full scale
 """

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -46,6 +47,11 @@ class Lifter(nn.Module):
         for block in self.blocks:
             x = x + block(x)
         return normed(self.last(x).unflatten(-1, (N_JOINTS, 3)), torch.ones_like(c))
+
+    def loss(self, batch: dict) -> Tensor:
+        """Of moments, without their pictures."""
+        uv, c, R = labels(batch)
+        return reprojection(self(uv, c), R, uv, c)
 
 
 def normed(points: Tensor, c: Tensor) -> Tensor:
@@ -91,16 +97,17 @@ def predict(model: Lifter, batch: dict) -> dict[str, dict[str, Tensor]]:
             for name, joints in (("single", X), ("fusion", fused))}
 
 
-def train(model: Lifter, batch: dict, epochs: int, seed: int, size: int = 64) -> list[float]:
-    """On moments without pictures, `size` at a time; the mean loss of each epoch."""
+def train(model: nn.Module, batch: dict, epochs: int, seed: int, size: int = 64) -> list[float]:
+    """On moments without pictures, `size` at a time, by the model's `loss`; its mean in each epoch."""
     optimizer = torch.optim.Adam(model.parameters())
-    uv, c, R = labels(batch)
-    steps, said = max(1, len(uv) // size), []
+    batch = {key: x for key, x in batch.items() if isinstance(x, Tensor) and key not in ("mask", "verts")}
+    n = len(batch["uv_label"])
+    steps, said = max(1, n // size), []
     for epoch in range(epochs):
         total = 0.0
-        for step, rows in enumerate(permutation(len(uv), seed, epoch).split(size)[:steps]):
+        for step, rows in enumerate(permutation(n, seed, epoch).split(size)[:steps]):
             optimizer.param_groups[0]["lr"] = 5e-4 * (1 + math.cos(math.pi * (epoch + step / steps) / epochs))
-            loss = reprojection(model(uv[rows], c[rows]), R[rows], uv[rows], c[rows])
+            loss = model.loss({key: x[rows] for key, x in batch.items()})
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -120,22 +127,21 @@ def options(words: list[str]) -> hamuco.Config:
     return hamuco.Config(**(args | {"data": (args["data"],)}), precision="fp32")
 
 
-def main(words: list[str]) -> None:
-    """Train on the moments and labels that hamuco.py learns from; OUT/canonpose.pt, OUT/train/config.json."""
-    cfg, out = options(words), Path(options(words).out)
+def make(build: Callable[[], nn.Module], name: str, cfg: hamuco.Config) -> None:
+    """Train on the moments and labels that hamuco.py learns from; OUT/NAME.pt, OUT/train/config.json, scores said."""
+    out = Path(cfg.out)
     data = hamuco.open_rig(cfg, "train", torch.device("cpu"))
     torch.manual_seed(cfg.seed)
-    model = Lifter()
+    model = build()
     for epoch, loss in enumerate(train(model, data.targets(torch.arange(len(data))), cfg.epochs, cfg.seed), 1):
         print(json.dumps({"epoch": epoch, "loss": round(loss, 5)}))
     (out / "train").mkdir(parents=True)
-    torch.save(model.state_dict(), out / "canonpose.pt")
+    torch.save(model.state_dict(), out / f"{name}.pt")
     (out / "train" / "config.json").write_text(json.dumps({"cfg": dataclasses.asdict(cfg)}) + "\n")
-    if __name__ == "__main__":
-        from claims.measure import collaborated
-        scores = collaborated(out, "test").means
-        print(", ".join(f"{name} {x}" for name, x in scores.items() if name.startswith(("single", "fusion"))))
+    from claims.measure import collaborated                # it knows this file, too
+    scores = collaborated(out, "test").means
+    print(", ".join(f"{key} {x}" for key, x in scores.items() if not key.startswith("mean_pose")))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    make(Lifter, "canonpose", options(sys.argv[1:]))

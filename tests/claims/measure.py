@@ -13,7 +13,7 @@ import hamuco
 import handmim
 import peclr
 import ti_net
-from claims import canonpose
+from claims import canonpose, lt_algebraic
 from claims.plan import Claim, Scale, backbone_of
 from sources import Source, batches, hand_for, open_data
 from sources.judging import Exam, Row, assess
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 GROUPS = 100                                   # of test hands, which a bootstrap draws
 RIDGES = torch.logspace(-4, 2, 25, dtype=torch.float64)       # tried weights, of a feature's variance
 HEADS = {"peclr": peclr, "ti_net": ti_net, "handmim": handmim, "hamuco": hamuco}
+LABELS_ALONE = {"canonpose": (canonpose.Lifter, canonpose.predict), "lt_algebraic": (lt_algebraic.Weigher, lt_algebraic.predict)}
 CPU = torch.device("cpu")
 
 
@@ -180,24 +181,25 @@ def tuned(folder: Path, name: str, tests: tuple[str, ...], split: str) -> Scores
 
 
 def collaborated(folder: Path, split: str) -> Scores:
-    """HaMuCo's outputs, its labels and their triangulation, or what lifted labels give (canonpose.py)."""
-    lifter = folder / "canonpose.pt"
-    if lifter.is_file():
+    """HaMuCo's outputs, its labels and their triangulation, or what a baseline without pictures makes of labels."""
+    alone = next((name for name in LABELS_ALONE if (folder / f"{name}.pt").is_file()), None)
+    if alone:
         cfg = stored_config(hamuco.Config, json.loads((folder / "train" / "config.json").read_text())["cfg"])
-        model, mean = canonpose.Lifter(), None
-        model.load_state_dict(load_checkpoint(lifter))
+        build, predict = LABELS_ALONE[alone]
+        model, mean = build(), None
+        model.load_state_dict(load_checkpoint(folder / f"{alone}.pt"))
     else:
         net = judge.load_net(folder)
         cfg, mean = net.cfg, net.mean
         name = "single_view" if "single-view" in cfg.variant else "hamuco"
         guess = hamuco.predictor({name: net.model.eval()}, cfg.image_size, True)
 
-    def lifted(batch: dict) -> dict[str, dict[str, Tensor]]:
-        return outputs(canonpose.predict(model, batch), "")
+    def from_labels(batch: dict) -> dict[str, dict[str, Tensor]]:
+        return outputs(predict(model, batch), "")
 
     data = hamuco.open_rig(cfg, split, CPU)
     exam = Exam(data, cfg.data[0], hand_for(cfg.data[0], cfg.mano), CPU)
-    rows, _ = assess(exam, lifted if lifter.is_file() else guess, mean)
+    rows, _ = assess(exam, from_labels if alone else guess, mean)
     out = Scores({}, {})
     for name, row in rows.items():
         for metric in ("pa_mpjpe_mm", "n_mpjpe_mm", "mpjpe_mm"):

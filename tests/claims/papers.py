@@ -220,7 +220,8 @@ HAMUCO = (
         row("EpipolarPose, fully supervised (its idea in our network)", FULL + " --variant single-view --supervision truth3d"),
         row("Ours, self-supervised: rows fusion_center, fusion_ransac", FULL),
         row("EpipolarPose, self-supervised (its idea in our network)", FULL + " --variant single-view --supervision triangulated"),
-        *others("EpipolarTrans, both", "LT-Algebraic, both", "LT-Volumetric, both", "LT-Volumetric with the true centre, both",
+        row("LT-Algebraic, self-supervised (its idea): dlt_learnt", "tests/claims/lt_algebraic.py --data hanco=DIR --views 8 --out RUN"),
+        *others("EpipolarTrans, both", "LT-Algebraic, fully supervised", "LT-Volumetric, both", "LT-Volumetric with the true centre, both",
                 why=NOT_BUILT),
         row("CanonPose (its idea): fusion", "tests/claims/canonpose.py --data hanco=DIR --views 8 --out RUN"))),
     Entry("HaMuCo", "Table 4", "parts removed", (

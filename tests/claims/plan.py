@@ -98,8 +98,8 @@ RECIPE = {                             # what a short run on a CPU forces, once 
 TUNE = ("--batch-size", "64", "--micro-batch", "64")
 GRID = {"peclr": (5e-4, 1.5e-3, 4.5e-3), "ti_net": (5e-4, 1.5e-3, 4.5e-3),
         "handmim": (1e-4, 3e-4, 1e-3), "hamuco": (3e-4, 1e-3, 3e-3)}
-LIFTED = "canonpose"                   # learns from 2D labels: no picture goes through it
-MINUTES = {"peclr": 6.5, "ti_net": 8, "handmim": 16, "hamuco": 23, LIFTED: 4}      # of a core, at budget 1
+LABELS_ALONE = ("canonpose", "lt_algebraic")           # learn from 2D labels: no picture goes through them
+MINUTES = {"peclr": 6.5, "ti_net": 8, "handmim": 16, "hamuco": 23, "canonpose": 4, "lt_algebraic": 2}      # of a core, at budget 1
 
 
 def backbone_of(script: str, scale: Scale) -> str:
@@ -127,7 +127,7 @@ def epochs_of(weights: Weights, budget: float, scale: Scale) -> int:
 def pictures_of(weights: Weights, budget: float, scale: Scale) -> int:
     """Pictures that go through the network in training, forward and backward."""
     views = VIEWS.get(weights.script) or views_of(weights.words)
-    if weights.script == LIFTED:
+    if weights.script in LABELS_ALONE:
         return 0
     n = samples_of(weights, scale)
     batch = min(BATCH.get(weights.script, 8), n)
@@ -149,8 +149,8 @@ def pretrain_words(weights: Weights, seed: int, budget: float, out: Path | str, 
     `rate` is HaMuCo's, the one that was chosen on single views; the others have their scripts' own.
     """
     script = weights.script
-    if script == LIFTED:
-        return [f"tests/claims/{LIFTED}.py", "--samples", str(samples_of(weights, scale)), "--image-size",
+    if script in LABELS_ALONE:
+        return [f"tests/claims/{script}.py", "--samples", str(samples_of(weights, scale)), "--image-size",
                 str(scale.side), "--seed", str(seed), "--out", str(out), "--cache", str(cache)]
     n, epochs = samples_of(weights, scale), epochs_of(weights, budget, scale)
     given = [script + ".py", "--data", "synthetic", "--samples", str(n), "--epochs", str(epochs),
@@ -187,7 +187,7 @@ def tune_words(claim: Claim, row: Row, tuning: Tuning, seed: int, init: Path | s
 
 def without_pictures(row: Row) -> bool:
     """Whether a row has no budget: nothing is pre-trained, or nothing on pictures."""
-    return row.weights is None or row.weights.script == LIFTED
+    return row.weights is None or row.weights.script in LABELS_ALONE
 
 
 def budgets_of(claim: Claim, row: Row, asked: float | None = None) -> tuple[float, ...]:

@@ -1,7 +1,7 @@
 """Faults of tests/claims: file, line as it stands, line as broken, the test file and the part of the test's name."""
 
 PLAN, SIT, MEASURE, VERDICT, SHOW = (f"tests/claims/{name}.py" for name in ("plan", "sitting", "measure", "verdict", "show"))
-TEST = "test_reproduce.py"
+ALGEBRAIC, TEST = "tests/claims/lt_algebraic.py", "test_reproduce.py"
 
 FAULTS = [(file, old, new, TEST, words) for file, old, new, words in [
     (PLAN, "return max(1, round(budget * scale.unit / (views * samples_of(weights, scale))))",
@@ -18,6 +18,14 @@ FAULTS = [(file, old, new, TEST, words) for file, old, new, words in [
      "ridge_is"),
     (MEASURE, "errors(\"val\", weight).mean()", "errors(\"test\", weight).mean()", "ridge_is"),
     (MEASURE, "    X = X - X.mean(0)\n    C", "    C", "dimensions_are"),
+    (ALGEBRAIC, "used = weight[b, joint] * others[view]", "used = weight[b, joint]", "vouch_for_itself"),
+    (ALGEBRAIC, "~known, -1e9).softmax(-2)", "~known, -1e9).softmax(-1)", "weight_a_bad_view_less"),
+    (ALGEBRAIC, "return torch.where(batch[\"view_ok\"][..., None, None], P, 0)", "return P", "views_that_are_missing"),
+    (ALGEBRAIC, "        used.register_hook(lambda gradient: tamed(gradient, STEEPEST * share))\n", "        pass\n", "gradients_are_finite"),
+    (ALGEBRAIC, "keepdim=True).clamp(min=1e-30)).clamp(max=1)", "keepdim=True).clamp(min=1e-30))", "derivative"),
+    (ALGEBRAIC, "& others).sum(-1) > 1)", "& others).sum(-1) > 0)", "views_that_are_missing"),
+    (ALGEBRAIC, "limit[b].square()).log1p()", "limit[0].square()).log1p()", "vouch_for_itself"),
+    (ALGEBRAIC, "model(uv, c).mT)", "c.mT)", "weight_a_bad_view_less"),
     (VERDICT, "budget = 0 if without_pictures(row) else budget", "budget = budget", "serves_all_budgets"),
     (VERDICT, "than[:, drawn]", "than[:, drawn[::-1]]", "drawn_alike"),
     (VERDICT, "gains.std(ddof=1)", "gains.std()", "interval_over_seeds"),
