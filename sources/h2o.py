@@ -191,7 +191,7 @@ def _parse_h2o(root: Path, name: str, homes: list[str], listing: str) -> Index:
 
 def _agreement(index: Index) -> str:
     """How far the cameras of a moment are from meaning one hand: a wrong cam_pose shows at once."""
-    M = index.columns["cameras"].astype(float)
+    M = index.columns["cameras"]
     world = (index.columns["joints"] - M[:, None, :3, 3]) @ M[:, :3, :3]
     _, first, row = np.unique(index.columns["moment"], return_index=True, return_inverse=True)
     apart = np.linalg.norm(world - world[first][row], axis=-1).mean(1)
