@@ -36,7 +36,8 @@ def index_assembly101(root: str | Path, split: str = "train",
     2D labels of both hands, in place of images/*.jpg as *.json (not part of AssemblyHands;
     OpenPose's output, see `hand_labels`), they are uv_label and confidence, which HaMuCo learns
     from. Left out and counted: hands without a box, as they are not in view, with fewer than 10
-    joints visible, without 3D joints, and without their picture. UserError: another layout.
+    joints visible, without 3D joints or with NaN, and without their picture. UserError: another
+    layout.
     """
     root = data_folder(root, "assembly101")
     files = [f"annotations/{split}/assemblyhands_{split}_{kind}_v1-1.json"
@@ -99,7 +100,8 @@ def _hands(note: dict, image: dict, root: Path, tables: list[dict]) -> list[dict
         else:
             true = frames[sequence][frame]
             slot, K, M = _camera(calibrations[sequence], image["camera"], frame)
-            world = np.where(true["joint_valid"][own, None], true["world_coord"][own], np.nan)
+            known = true["joint_valid"][own, None]
+            world = np.where(known, true["world_coord"][own], np.nan)
             label = np.full((N_JOINTS, 2), np.nan)
             sure = np.zeros(N_JOINTS)
             file = (root / "labels" / path).with_suffix(".json")
@@ -109,7 +111,8 @@ def _hands(note: dict, image: dict, root: Path, tables: list[dict]) -> list[dict
                 "path": f"images/{path}", "id": f"{path}-{side}", "side": side, "K": K,
                 "moment": f"{sequence}/{frame}-{side}", "camera": slot, "cameras": M,
                 "box": numbers(note["bbox"][side], "bbox", 4), "world": world / 1000,
-                "visible": seen, "uv_label": label, "confidence": sure})
+                "broken": np.isnan(world[known[:, 0]]).any(), "visible": seen,
+                "uv_label": label, "confidence": sure})
     return found
 
 
@@ -137,10 +140,11 @@ def _parse_assembly101(root: Path, name: str, files: list[str]) -> Index:
     numbers = {"box": box, "K": column["K"], "joints": joints, "uv": pinhole(joints, column["K"])}
     if np.isfinite(column["uv_label"]).any():
         numbers |= {key: column[key] for key in ("uv_label", "confidence")}
-    return Index(name, str(root), {
+    index = Index(name, str(root), {
         "paths": path_column(column["path"].tolist()), "visible": column["visible"][:, order],
         **{key: column[key] for key in ("side", "id", "moment", "camera", "cameras")},
         **{key: value.astype(np.float32) for key, value in numbers.items()}}, "annotated", dropped)
+    return index.drop(column["broken"], "hands with NaN")
 
 
 # Its joints are annotated as points, which no mesh defines.

@@ -61,6 +61,10 @@ def test_assembly101_leaves_out_and_counts(tmp_path):
     assert index.dropped == {"hands with fewer than 10 visible joints": 1, "hands without a box": 1, "samples without their picture": 2}
     assert len(index) == 4
     content = json.loads(file_of(tmp_path, "joint_3d").read_text())
+    frame = content["annotations"][SEQUENCE]["000522"]
+    frame["world_coord"][3][1] = frame["world_coord"][41][1] = None    # of the right hand; the left wrist is not valid anyway
+    file_of(tmp_path, "joint_3d").write_text(json.dumps(content))
+    assert index_assembly101(tmp_path, "val").dropped["hands with NaN"] == 2
     del content["annotations"][SEQUENCE]["000522"]
     file_of(tmp_path, "joint_3d").write_text(json.dumps(content))
     assert index_assembly101(tmp_path, "val", cache=tmp_path / "cache").dropped["hands without 3D joints"] == 4
