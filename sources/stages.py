@@ -186,7 +186,7 @@ def _conclude(cfg: Any, out: Path, exam: Exam, row: Row, means: Means, split: st
     """Print the table and what belongs beside it, and write metrics.json; `row` is the last one."""
     n = row.count("scored ours")
     left_out, uses = len(row.errors) - n, sorted(row.net.model.USES)
-    if "scratch" not in means:
+    if "scratch" not in means and not cfg.quick:
         say("scratch: not run (--finetune without --init)")
     say("\n" + for_screen(table(means, STAGE), "metrics.json"))
     better = gain(means, "mean_pose")
