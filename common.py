@@ -1296,25 +1296,29 @@ def guarded(main: Callable[[], None]) -> int:
         for number in before:
             signal.signal(number, _on_signal)
         try:
-            try:
-                main()
-                return 0
-            finally:                                     # the words get a line of their own
-                for bar in list(getattr(tqdm, "_instances", ())):
-                    bar.close()
+            main()
+            return 0
         except (UserError, OSError, KeyboardInterrupt, RuntimeError) as error:
             for number in before:
                 signal.signal(number, signal.SIG_IGN)    # or torchrun's ends it before it has said
+            _close_bars()
             said, code = _last_words(error)
         if rank() == 0 or said.startswith("error"):
             sys.stderr.write("\n" * (rank() > 0) + f"{said}\n")   # the bar is the first one's
         return code
     finally:
+        _close_bars()                                    # a traceback, too, begins a line
         for number, old in before.items():
             signal.signal(number, old)
         if torch.distributed.is_initialized():
             gc.collect()             # networks hold the group, whose threads would outlive it
             torch.distributed.destroy_process_group()
+
+
+def _close_bars() -> None:
+    """What is said next gets a line of its own."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def _last_words(error: BaseException) -> tuple[str, int]:
@@ -1324,8 +1328,7 @@ def _last_words(error: BaseException) -> tuple[str, int]:
         return text or "stopped", 128 + (Stop.asked or signal.SIGINT)
     if not isinstance(error, RuntimeError):
         return f"error: {text}", 2
-    # Data workers and other processes may have been told to stop, too; torchrun tells them so when
-    # one of them ends, and that is then the news.
+    # When one process ends, torchrun stops the others and their workers: that is then the news.
     code = 128 + Stop.asked if Stop.asked else 2
     if world() > 1 and any(words in text for words in GONE):
         return ("error: another process of this job ended, and says why unless it was killed; go "

@@ -462,7 +462,7 @@ class Perfect(torch.nn.Module):
     def __init__(self, theta, beta):
         super().__init__()
         self.answer, self.size = (theta, beta, torch.zeros(len(theta), 3)), 64
-        self.mano = Mano(builtin_hand())
+        self.mano, self.boxed = Mano(builtin_hand()), torch.tensor(True)
 
     project = HandNet.project
 
