@@ -102,7 +102,7 @@ FAULTS = [
     ("common.py", "time.monotonic() - Stop.since < 1):", "time.monotonic() - Stop.since < 0):", "sources/test_progress.py", "second_signal"),
     ("common.py", "        os.kill(Stop.process, number)\n", "        return\n", "sources/test_progress.py", "second_signal"),
     ("common.py", "        bar.close()\n", "        pass\n", "sources/test_progress.py", "line_of_its_own"),
-    ("common.py", "            _close_bars()\n            said, code", "            said, code", "test_processes.py", "does_not_silence"),
+    ("common.py", "            _close_bars()\n            said, code", "            said, code", "sources/test_progress.py", "line_of_its_own"),
     ("common.py", "        except (UserError, OSError, KeyboardInterrupt,", "        except (UserError, KeyboardInterrupt,", "sources/test_progress.py", "line_of_its_own"),
     ("common.py", "            signal.signal(number, old)\n", "            pass\n", "sources/test_progress.py", "line_of_its_own"),
     ("common.py", "if world() > 1 and any(words in text for words in GONE):", "if False:", "sources/test_progress.py", "neighbour"),
