@@ -315,9 +315,10 @@ class Synthetic(Source):
 
     def _turns(self, index: Tensor) -> Tensor:
         """The hand's rotation in the world, (B, 3, 3)."""
-        free = six_d_to_matrix(normal(index, 6, self.seed, "turn"))      # two vectors, orthonormal
-        if not self.calm and not self.domain.upright:
-            return free
+        if not self.calm:                               # two normal vectors made orthonormal
+            free = six_d_to_matrix(normal(index, 6, self.seed, "turn"))
+            if not self.domain.upright:
+                return free
         u = uniform(index, 3, self.seed, "cone")
         tilt = math.radians(60) * u[:, :1].sqrt()
         angle = 2 * math.pi * u[:, 1]
@@ -329,7 +330,7 @@ class Synthetic(Source):
         if self.calm:
             return leaning @ base
         u = uniform(index, 2, self.seed, "upright")
-        behind = torch.tensor([[-1.0], [1], [-1]]) * base                # half a turn: the back
+        behind = base.new_tensor([[-1], [1], [-1]]) * base                # half a turn: the back
         side = torch.where((u[:, 0] < 0.5)[:, None, None], base, behind)
         return torch.where((u[:, 1] < self.domain.upright)[:, None, None], leaning @ side, free)
 

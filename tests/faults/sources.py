@@ -1,6 +1,8 @@
 """Faults of sources: file, line as it stands, line as broken, the test file and the part of the test's name."""
 
 FAULTS = [
+    ("sources/synthetic.py", "base.new_tensor([[-1], [1], [-1]])", "base.new_tensor([[1], [1], [-1]])", "sources/test_synthetic.py", "domain_c"),
+    ("sources/synthetic.py", "base.new_tensor([[-1], [1], [-1]])", "torch.tensor([[-1], [1], [-1]])", "sources/test_synthetic.py", "device_of_the_index"),
     ("sources/synthetic.py", "(u[:, 1] < self.domain.upright)", "(u[:, 0] < self.domain.upright)", "sources/test_synthetic.py", "domain_c"),
     ("sources/synthetic.py", "ramp(ends, min(1.1 / self.margin, 1), 1)", "ramp(ends, 0.1, 1)", "sources/test_synthetic.py", "domain_c"),
     ("sources/synthetic.py", "x, y = ((-at <=", "x, y = ((-at >=", "sources/test_synthetic.py", "domain_c"),

@@ -3,7 +3,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import common
 from common import Mano, UserError, axis_angle_to_matrix, project
 from hand.builtin import builtin_hand
 from sources.synthetic import Cached, Synthetic, noisy_labels
@@ -142,6 +144,7 @@ def test_domain_c_has_fingers_up_palm_and_back_alike_and_photos_that_end():
     """Of hands six in ten lean at most 60 degrees and roll 45; the palm's side is drawn; nothing ends over a joint."""
     data = Synthetic(64, domain="C", margin=2.2)
     turns = data._turns(torch.arange(512))
+    assert torch.allclose(torch.linalg.det(turns), torch.ones(512), atol=1e-4)                           # none is mirrored
     fingers, palm = turns @ torch.tensor([-1.0, 0, 0]), turns @ torch.tensor([0.0, -1, 0])       # from the wrist; out of the palm
     up, seen = -fingers[:, 1], -palm[:, 2]
     assert 0.6 < float((up > 0.3).float().mean()) < 0.8 and abs(float((up > -2).float().mean()) - 1) < 1e-6
@@ -340,6 +343,18 @@ def test_wrong_requests_are_refused():
     for bad in ([20], [-1], []):
         with pytest.raises(IndexError):
             data.batch(torch.tensor(bad, dtype=torch.long))
+
+
+@pytest.mark.parametrize("given", [{}, {"calm": True}, {"domain": "C"}])
+def test_turns_are_made_on_the_device_of_the_index(given):
+    """A fake GPU refuses, as a real one, to meet a constant that was left on the host."""
+    data = Synthetic(64, **given)
+    common._made.cache_clear()
+    try:
+        with FakeTensorMode():
+            assert data._turns(torch.arange(4, device="cuda")).device.type == "cuda"
+    finally:
+        common._made.cache_clear()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
