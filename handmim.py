@@ -1041,6 +1041,7 @@ def check_pretraining(cfg: Config) -> None:
         raise UserError(f"--variant {' '.join(sorted(losses))}: no loss is left to learn from")
 
 
+# twin: peclr.py:stage_name
 def stage_name(cfg: Config) -> str:
     """What a pre-training is called in folders and on the screen."""
     return "-".join((cfg.objective, *cfg.variant))

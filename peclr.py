@@ -731,6 +731,7 @@ def finetune_step(net: nn.Module, batch: dict, cfg: Config, epoch: int) -> dict[
     return {"loss": loss, "L_J2D": L_J2D, "L_d": L_d, "L_root": L_root}
 
 
+# twin: handmim.py:stage_name
 def stage_name(cfg: Config) -> str:
     """What a pre-training is called in folders and on the screen."""
     return "-".join((cfg.objective, *cfg.variant))

@@ -1,5 +1,6 @@
 """PeCLR: Eq. 1 to 6, the transformations of Fig. 4, LARS, the large batch, the 2.5D head."""
 import dataclasses
+import inspect
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import handmim
 import peclr
 from common import batch_statistics, load_backbone, rotation, settle, translation
 from group import on_processes
@@ -944,6 +946,11 @@ def test_quick_tunes_what_it_pretrained_and_explicit_flags_win(tmp_path, monkeyp
     stages.clear()
     peclr.main(["--finetune", "synthetic", "--freeze", "--device", "cpu", "--out", "x"])
     assert stages[0][1].epochs == 50 and stages[0][1].lr == 5e-4
+
+
+def test_stage_name_and_its_twin_of_handmim_agree():
+    assert inspect.getsource(peclr.stage_name) == inspect.getsource(handmim.stage_name)
+    assert peclr.stage_name(Config(objective="simclr", variant=("bgr", "accumulate"))) == "simclr-bgr-accumulate"
 
 
 def test_label_fractions_are_nested_and_by_seed(tmp_path):
