@@ -1187,13 +1187,12 @@ def against_labels(f: dict, hand: Mano | None = None) -> dict[str, Tensor]:
     return out | {"bone_spread_percent": bones.masked_fill(~first.flatten(0, 1), math.nan)}
 
 
-def report(cfg: Config, out: Path, names: list[str], device: torch.device) -> None:
-    """Score the last epoch of each row on the test split: table, metrics.json, pictures."""
-    models: dict[str, HaMuCo] = {}
-    for name in names:
-        content = load_checkpoint(out / f"train-{name}" / "final.pt")
-        models[name] = build(stored_config(Config, content["cfg"])).to(device).eval()
-        models[name].load_state_dict(content["model"])
+def report(cfg: Config, out: Path, row: str, device: torch.device) -> None:
+    """Score the last epoch of a training on the test split: table, metrics.json, pictures."""
+    content = load_checkpoint(out / f"train-{row}" / "final.pt")
+    model = build(stored_config(Config, content["cfg"])).to(device).eval()
+    model.load_state_dict(content["model"])
+    models = {row: model}
     COURSE.begin(SCORING)
     test = open_rig(cfg, "test", device, most=QUICK_TEST if cfg.quick else None)
     test = Rows(test, torch.arange(min(QUICK_TEST, len(test)))) if cfg.quick else test
@@ -1220,7 +1219,7 @@ def report(cfg: Config, out: Path, names: list[str], device: torch.device) -> No
         exam = dataclasses.replace(exam, data=train, protocols={})
         learnt, _ = assess(exam, predictor(models, cfg.image_size, train.gives("uv_label")))
     if rank() == 0:
-        conclude(cfg, out, rows, learnt, models[names[-1]])
+        conclude(cfg, out, rows, learnt, model)
 
 
 def conclude(cfg: Config, out: Path, rows: dict[str, Row], learnt: dict[str, Row], model: HaMuCo
@@ -1362,7 +1361,7 @@ def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
         fit(every[0], out, row, device)
         cfg = dataclasses.replace(cfg, init=str(out / f"train-{row}" / "final.pt"))
     fit(cfg, out, row_of(cfg.variant), device)
-    report(cfg, out, [row_of(cfg.variant)], device)
+    report(cfg, out, row_of(cfg.variant), device)
 
 
 def main(argv: list[str] | None = None) -> None:

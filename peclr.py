@@ -959,7 +959,7 @@ def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
     if work:
         pretrain(first, out, device)
     finetune(cfg, out, row, device)
-    report(cfg, out, [row], device, build, stored_side(cfg), MARGIN)
+    report(cfg, out / f"{stage}-{row}", row, device, build, stored_side(cfg), MARGIN)
 
 
 def main(argv: list[str] | None = None) -> None:

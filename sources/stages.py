@@ -140,50 +140,41 @@ def keep_best(run: Run, epoch: int, val: Any, cfg: Any, device: torch.device, ab
 # ---- After ---------------------------------------------------------------------------------------
 
 
-def report(cfg: Any, out: Path, names: list[str], device: torch.device,
+def report(cfg: Any, folder: Path, row: str, device: torch.device,
            build: Callable[[Any], nn.Module], side: int, margin: float) -> None:
-    """Score the best checkpoint of each row on the `scored_split`: table, metrics.json, pictures.
+    """Score the best checkpoint of a stage on the `scored_split`: table, metrics.json, pictures.
 
-    A row's networks are OUT/finetune-NAME and, with scores that end in _frozen, OUT/probe-NAME.
-    OUT/finetune.pt is the last row's, the fine-tuned one where there are both.
+    `folder` is the stage's, finetune-NAME or probe-NAME in the run's: its checkpoint becomes the
+    run's finetune.pt, whatever the test split holds. Scores of a probe end in _frozen.
     """
-    files = {(name, stage): out / f"{stage}-{name}" / "best.pt"
-             for name in names for stage in ("probe", "finetune")}
-    found = {key: load_checkpoint(file) for key, file in files.items() if file.is_file()}
-    *_, last = found.values()
+    out = folder.parent
+    best = load_checkpoint(folder / "best.pt")
     if rank() == 0:
-        save_checkpoint(out / "finetune.pt", last)                  # whatever the test split holds
+        save_checkpoint(out / "finetune.pt", best)
     split = scored_split(cfg.finetune)
     COURSE.begin(SCORING)
     test = open_data(cfg, (cfg.finetune,), split, side, margin, device)
     if not len(test):
         say(f"wrote {out}/finetune.pt; {cfg.finetune} has no {split} split, so nothing was scored")
         return
-    hand = hand_for(cfg.finetune, cfg.mano)
-    exam = Exam(test, cfg.finetune, hand, scored_on(device), cfg.workers)
-    rows: dict[str, Row] = {}
-    means: Means = {"mean_pose": {}} | {name: {} for name in names}
-    for (name, stage), content in found.items():
-        options = stored_config(type(cfg), content["cfg"])
-        model = build(options).to(device)
-        model.load_state_dict(content["model"])
-        net = Net(str(out), content["method"], model, options, name, content["mean"], side, margin)
-        judged, _ = assess(exam, net, mean=last["mean"] if content is last else None)
-        rows[name] = judged[name]
-        means[name] |= {metric + "_frozen" * (stage == "probe"): value
-                        for metric, value in judged[name].means().items()}
-    means["mean_pose"] = judged["mean_pose"].means()
+    exam = Exam(test, cfg.finetune, hand_for(cfg.finetune, cfg.mano), scored_on(device),
+                cfg.workers)
+    options = stored_config(type(cfg), best["cfg"])
+    model = build(options).to(device)
+    model.load_state_dict(best["model"])
+    net = Net(str(out), best["method"], model, options, row, best["mean"], side, margin)
+    judged, _ = assess(exam, net, mean=best["mean"])
+    frozen = "_frozen" * folder.name.startswith("probe-")
+    means = {"mean_pose": judged["mean_pose"].means(),
+             row: {metric + frozen: value for metric, value in judged[row].means().items()}}
     if rank() == 0:
-        _conclude(cfg, out, exam, rows[names[-1]], means, split)
-        for name in names:
-            init = next(c["cfg"]["init"] for (other, _), c in found.items() if other == name)
-            say(f"{name}: from {origin(init)}")
-        _draw(out, rows, {f"{name}, frozen" if stage == "probe" else name: out / f"{stage}-{name}"
-                          for name, stage in found})
+        _conclude(cfg, out, exam, judged[row], means, split)
+        say(f"{row}: from {origin(options.init)}")
+        _draw(folder, row, judged[row])
 
 
 def _conclude(cfg: Any, out: Path, exam: Exam, row: Row, means: Means, split: str) -> None:
-    """Print the table and what belongs beside it, and write metrics.json; `row` is the last one."""
+    """Print the table and what belongs beside it, and write metrics.json."""
     n = row.count("scored ours")
     left_out, uses = len(row.errors) - n, sorted(row.net.model.USES)
     if "scratch" not in means and not cfg.quick:
@@ -199,17 +190,17 @@ def _conclude(cfg: Any, out: Path, exam: Exam, row: Row, means: Means, split: st
         "box_source": exam.data.box_source, "uses": uses, "rows": means})
 
 
-def _draw(out: Path, rows: dict[str, Row], trained: dict[str, Path]) -> None:
-    """curve.png of the validation errors of the trainings in some folders, and predictions.png."""
-    errors = {name: load_checkpoint(folder / "last.pt")["memo"].get("curve", [])
-              for name, folder in trained.items()}
-    curve(out / "curve.png", {name: (range(1, 1 + len(mm)), mm) for name, mm in errors.items()},
+def _draw(folder: Path, row: str, judged: Row) -> None:
+    """curve.png of a stage's validation errors and predictions.png, in the run's folder."""
+    out = folder.parent
+    errors = load_checkpoint(folder / "last.pt")["memo"].get("curve", [])
+    name = f"{row}, frozen" if folder.name.startswith("probe-") else row
+    curve(out / "curve.png", {name: (range(1, 1 + len(errors)), errors)},
           "validation MPJPE while fine-tuning", "epoch", "mm")
-    *_, last = rows.values()
-    picked, kinds = best_median_worst(last.errors)
+    picked, kinds = best_median_worst(judged.errors)
     if len(picked):
-        draw_rows(out / "predictions.png", rows, picked, kinds,
-                  f"The test samples that {list(rows)[-1]} does best, in the middle and worst.")
+        draw_rows(out / "predictions.png", {row: judged}, picked, kinds,
+                  f"The test samples that {row} does best, in the middle and worst.")
     else:
         say(f"{out}/predictions.png: no sample has a score, so no sheet was drawn")
     say(f"wrote {', '.join(sorted(str(file) for file in out.glob('[!.]*.*')))}")

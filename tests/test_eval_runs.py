@@ -60,11 +60,12 @@ def test_two_pre_trainings_in_one_folder_keep_their_files_apart(tmp_path):
 def test_row_names_a_fine_tuning_and_is_refused_elsewhere(tmp_path, monkeypatch, module):
     rows, init = [], pretrained(tmp_path / "p", "x")
     monkeypatch.setattr(module, "finetune", lambda cfg, out, row, device: rows.append(row))
-    monkeypatch.setattr(module, "report", lambda cfg, out, names, *rest: rows.append(names))
+    monkeypatch.setattr(module, "report", lambda cfg, folder, row, *rest: rows.append((folder.name, row)))
     words = ["--finetune", "synthetic", "--init", init, "--device", "cpu", "--batch-size", "4", "--micro-batch", "4"]
     module.main([*words, "--out", str(tmp_path / "a")])
     module.main([*words, "--row", "fig-5", "--out", str(tmp_path / "b")])
-    assert rows == ["x-on-freihand-90", ["x-on-freihand-90"], "fig-5", ["fig-5"]]
+    name = "x-on-freihand-90"
+    assert rows == [name, (f"finetune-{name}", name), "fig-5", ("finetune-fig-5", "fig-5")]
     with pytest.raises(UserError, match="--row"):
         module.main(["--row", "fig-5", "--device", "cpu", "--out", str(tmp_path / "c")])
     with pytest.raises(UserError, match="--row a/b: becomes the name of a folder"):
@@ -226,7 +227,7 @@ def test_the_split_that_closes_a_stage_is_the_paper_s(tmp_path, monkeypatch, cap
     (tmp_path / "finetune-x").mkdir()
     save_checkpoint(tmp_path / "finetune-x" / "best.pt", {"row": "x"})
     cfg = ti_net.Config(finetune=spec)
-    sources.stages.report(cfg, tmp_path, ["x"], torch.device("cpu"), ti_net.build, 8, 1.0)
+    sources.stages.report(cfg, tmp_path / "finetune-x", "x", torch.device("cpu"), ti_net.build, 8, 1.0)
     assert asked == [((spec,), split)] and f"no {split} split" in capsys.readouterr().out
     assert (tmp_path / "finetune.pt").is_file()
 

@@ -796,20 +796,20 @@ def test_each_command_runs_its_stages_with_their_options(monkeypatch, tmp_path):
         ("pretrain", cfg.objective, cfg.variant, cfg.epochs)))
     monkeypatch.setattr(handmim, "finetune", lambda cfg, out, row, device: ran.append(
         ("finetune", row, cfg.init, cfg.variant, cfg.finetune, cfg.epochs)))
-    monkeypatch.setattr(handmim, "report", lambda cfg, out, rows, device, build, side, margin: ran.append(
-        ("report", rows, build(cfg).__class__, side, margin)))
+    monkeypatch.setattr(handmim, "report", lambda cfg, folder, row, device, build, side, margin: ran.append(
+        ("report", folder.name, row, build(cfg).__class__, side, margin)))
     handmim.main(["--quick", "--variant", "no-recon", "pymaf-sampler", "--out", "a", "--device", "cpu"])
     row = "handmim-no-recon-pymaf-sampler"
     assert ran == [
         ("pretrain", "handmim", ("no-recon",), 1),
         ("finetune", row, str(Path("a", "backbone.pt")), ("pymaf-sampler",), "synthetic:calm", 12),
-        ("report", [row], HandNet, 112, 2.2)]
+        ("report", f"finetune-{row}", row, HandNet, 112, 2.2)]
     ran.clear()
     handmim.main(["--finetune", "ho3d=DIR", "--init", "x/backbone-ibot.pt", "--out", "b", "--device", "cpu",
                   "--variant", "linear-rectifiers"])
     row = "ibot-linear-rectifiers"
     assert ran == [("finetune", row, "x/backbone-ibot.pt", ("linear-rectifiers",), "ho3d=DIR", 100),
-                   ("report", [row], HandNet, 392, 2.2)]
+                   ("report", f"finetune-{row}", row, HandNet, 392, 2.2)]
     ran.clear()
     handmim.main(["--data", "freihand=A", "yt3d=B", "--backbone", "vit_l", "--out", "c", "--device", "cpu"])
     assert ran == [("pretrain", "handmim", (), 250)]

@@ -938,14 +938,15 @@ def test_quick_tunes_what_it_pretrained_and_explicit_flags_win(tmp_path, monkeyp
     stages = []
     monkeypatch.setattr(peclr, "pretrain", lambda cfg, out, device: stages.append(cfg))
     monkeypatch.setattr(peclr, "finetune", lambda cfg, out, row, device: stages.append((row, cfg)))
-    monkeypatch.setattr(peclr, "report", lambda cfg, out, names, *rest: stages.append(names))
+    monkeypatch.setattr(peclr, "report", lambda cfg, folder, row, *rest: stages.append((folder.name, row)))
     peclr.main(["--quick", "--finetune", "synthetic:B", "--lr", "0.25", "--device", "cpu"])
-    first, (row, tuned), rows = stages
+    first, (row, tuned), told = stages
     assert (first.objective, first.data, first.epochs, first.samples) == ("peclr", ("synthetic:calm",), 2, 3072)
-    assert (tuned.freeze, Path(tuned.init).name, tuned.finetune, tuned.lr, rows) == (False, "backbone.pt", "synthetic:B", 0.25, [row])
+    assert (tuned.freeze, Path(tuned.init).name, tuned.finetune, tuned.lr) == (False, "backbone.pt", "synthetic:B", 0.25)
+    assert told == (f"finetune-{row}", row)
     stages.clear()
     peclr.main(["--finetune", "synthetic", "--freeze", "--device", "cpu", "--out", "x"])
-    assert stages[0][1].epochs == 50 and stages[0][1].lr == 5e-4
+    assert stages[0][1].epochs == 50 and stages[0][1].lr == 5e-4 and stages[1] == ("probe-scratch", "scratch")
 
 
 def test_stage_name_and_its_twin_of_handmim_agree():

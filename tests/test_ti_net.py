@@ -586,7 +586,7 @@ def stages(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(ti_net, "pretrain", lambda cfg, out, device: calls.append(("pretrain", cfg)))
     monkeypatch.setattr(ti_net, "finetune", lambda cfg, out, row, device: calls.append((row, cfg)))
-    monkeypatch.setattr(ti_net, "report", lambda cfg, out, rows, *rest: calls.append(("report", (cfg, rows, rest[1:]))))
+    monkeypatch.setattr(ti_net, "report", lambda cfg, folder, row, *rest: calls.append(("report", (cfg, folder.name, rest[1:]))))
     (tmp_path / "pretrain-ti_net-disc").mkdir()                           # what a real pre-training leaves
     (tmp_path / "backbone.pt").write_bytes(b"")
     (tmp_path / "pretrain-ti_net-disc" / "config.json").write_text(
@@ -599,11 +599,11 @@ def test_quick_pretrains_then_fine_tunes_from_that(stages):
     found = run({"quick": True, "variant": ("disc",), "lr": 0.7})
     name = "ti_net-disc"
     assert [name for name, _ in found] == ["pretrain", name, "report"]
-    (_, first), (_, tuned), (_, (last, rows, rest)) = found
+    (_, first), (_, tuned), (_, (last, folder, rest)) = found
     assert first.epochs == 1 and first.variant == ("disc",) and tuned.epochs == 15
     assert tuned.init == str(out / "backbone.pt") and last == tuned
     assert tuned.finetune == "synthetic:calm" and {c.lr for c in (first, tuned)} == {0.7}
-    assert rows == [name] and rest == (ti_net.build, 96, 1.7)
+    assert folder == f"finetune-{name}" and rest == (ti_net.build, 96, 1.7)
     assert run({"quick": True, "finetune": "dexycb=X"})[1][1].finetune == "dexycb=X"
 
 
@@ -611,8 +611,8 @@ def test_one_command_runs_one_stage(stages):
     run, out = stages
     (name, cfg), = run({"data": ("imagenet=X",)})
     assert name == "pretrain" and cfg.data == ("imagenet=X",) and cfg.epochs == 50
-    (row, cfg), (name, (last, rows, rest)) = run({"finetune": "dexycb", "init": str(out / "backbone.pt")})
-    assert (row, name, rows) == ("ti_net-disc-on-synthetic-calm", "report", [row]) and last == cfg and cfg.epochs == 120
+    (row, cfg), (name, (last, folder, rest)) = run({"finetune": "dexycb", "init": str(out / "backbone.pt")})
+    assert (row, name, folder) == ("ti_net-disc-on-synthetic-calm", "report", f"finetune-{row}") and last == cfg and cfg.epochs == 120
     assert cfg.init == str(out / "backbone.pt") and rest == (ti_net.build, 336, 1.7)
     assert run({"finetune": "dexycb", "row": "mine"})[0][0] == "mine"
 
