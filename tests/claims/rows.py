@@ -92,6 +92,7 @@ TI_NET = Claim(
 
 RULE = "a rule under which HandMIM's answers, too, do not turn uniform (handmim.py, 17; PLAN.md)"
 CLASS, PATCH = "class_mpjpe_mm", "patch_mpjpe_mm"
+HALF = (0.5,)                          # of the claims whose pictures cost most; PLAN.md, Changes
 HANDMIM = Claim(
     "handmim", "HandMIM (Tab. 3 and 5)", "handmim",
     (Row("scratch"), Row("ibot", handmim(objective="ibot")), Row("handmim", handmim()),
@@ -106,7 +107,7 @@ HANDMIM = Claim(
      *(Comparison(f"L_{loss} helps", ("handmim", SMALL_MM), (f"handmim-no-{loss}", SMALL_MM),
                   f"{gain} % PA-JPE (Tab. 5)", 2)
        for loss, gain in (("pose", 4.4), ("patch", 4.1), ("recon", 2.5)))),
-    probe=True, tunings=(SMALL,), minutes=11, waits=RULE)
+    probe=True, tunings=(SMALL,), budgets=HALF, minutes=11, waits=RULE)
 
 SINGLE, FUSION, ALONE = "single_n_mpjpe_mm", "fusion_n_mpjpe_mm", "single_view_n_mpjpe_mm"
 LEARNT = "dlt_learnt_pa_mpjpe_mm"
@@ -144,7 +145,7 @@ HAMUCO = Claim(
                 "yes (Fig. 3 b)", 2),
      Comparison("8 views teach more than 4", ("8-views", SINGLE), ("full", SINGLE),
                 "yes (Fig. 3 b)", 2)),
-    minutes=1)
+    budgets=HALF, minutes=1)
 
 CORE = (PECLR, TI_NET, HAMUCO, HANDMIM, PECLR_LABELS)
 
@@ -158,7 +159,7 @@ FROZEN_BLOCKS = Claim(
                                                 ("handmim", handmim()))),
     tuple(Comparison(f"HandMIM beats iBOT, {n} of 4 blocks frozen", (f"handmim-{n}", SMALL_MM),
                      (f"ibot-{n}", SMALL_MM), "yes (Fig. 7)", 2) for n in (2, 4)),
-    tunings=(SMALL,), minutes=10, waits=RULE)
+    tunings=(SMALL,), budgets=HALF, minutes=10, waits=RULE)
 UNLABELLED = Claim(
     "unlabelled", "PeCLR, amount of unlabelled pictures (Fig. 6)", "peclr",
     (Row("eighth", Weights("peclr", share=0.125)), Row("whole", PECLR_WEIGHTS)),
@@ -174,7 +175,7 @@ DOMAINS = Claim(
                 ("scratch", "small_on_B_mpjpe_mm"), "not given", 2),
      Comparison("HandMIM beats iBOT there", ("handmim", "small_on_B_mpjpe_mm"),
                 ("ibot", "small_on_B_mpjpe_mm"), "27 % against PeCLR (Tab. 4)", 2)),
-    tunings=(SMALL,), tests=("synthetic", "synthetic:B"), minutes=11,
+    tunings=(SMALL,), tests=("synthetic", "synthetic:B"), budgets=HALF, minutes=11,
     waits=RULE)
 CALIBRATION = Claim(
     "calibration", "HaMuCo without known cameras (Tab. 1)", "hamuco",
@@ -183,17 +184,17 @@ CALIBRATION = Claim(
     (Comparison("known cameras beat unknown ones", ("known", SINGLE), ("unknown", SINGLE),
                 "27.0 % (Tab. 1)", 2),
      Comparison("unknown cameras still beat single views", ("unknown", SINGLE),
-                ("single-view", ALONE), "yes (Tab. 1, 2)", 2)), minutes=1)
+                ("single-view", ALONE), "yes (Tab. 1, 2)", 2)), budgets=HALF, minutes=1)
 ROUNDS = Claim(
     "rounds", "HaMuCo, iterative training (Sec. 4.6)", "hamuco",
     (Row("one", hamuco()), Row("three", hamuco("--rounds", "3"))),
     (Comparison("three rounds beat one", ("three", FUSION), ("one", FUSION),
-                "1.4 % (Sec. 4.6)", 1),), minutes=46)
+                "1.4 % (Sec. 4.6)", 1),), budgets=HALF, minutes=23)
 DATA_SHARE = Claim(
     "data-share", "HaMuCo, share of the moments (Fig. 3 a)", "hamuco",
     (Row("quarter", hamuco(share=0.25)), Row("whole", hamuco())),
     (Comparison("four times the moments help", ("whole", SINGLE), ("quarter", SINGLE),
-                "yes (Fig. 3 a)", 2),), minutes=1)
+                "yes (Fig. 3 a)", 2),), budgets=HALF, minutes=1)
 SUPERVISION = Claim(
     "supervision", "HaMuCo, what is learnt from (Tab. 1 and 3)", "hamuco",
     (Row("noisy", hamuco()), Row("truth2d", hamuco("--supervision", "truth2d")),
@@ -202,7 +203,7 @@ SUPERVISION = Claim(
     (Comparison("true 3D beats noisy 2D", ("truth3d", SINGLE), ("noisy", SINGLE),
                 "31.8 % fused, Opt-Center (Tab. 3)", 2),
      Comparison("learning from 2D beats triangulated labels", ("noisy", SINGLE),
-                ("triangulated", SINGLE), "43.7 % (Tab. 1, EpipolarPose)", 2)), minutes=1)
+                ("triangulated", SINGLE), "43.7 % (Tab. 1, EpipolarPose)", 2)), budgets=HALF, minutes=1)
 
 FURTHER = (FROZEN_BLOCKS, UNLABELLED, DOMAINS, CALIBRATION, ROUNDS, DATA_SHARE, SUPERVISION)
 
@@ -216,7 +217,7 @@ CALIBRATE = tuple(
     for script in ("peclr", "ti_net", "handmim")) + (
     Claim("calibrate-hamuco", "the rate of hamuco, on single views alone", "hamuco",
           tuple(Row(f"single-view-{rate:g}", hamuco("--variant", "single-view"), rate=rate)
-                for rate in GRID["hamuco"]), (), first_seed=100, minutes=1),)
+                for rate in GRID["hamuco"]), (), budgets=HALF, first_seed=100, minutes=1),)
 
 
 def calibration(claim: Claim) -> Claim | None:
