@@ -89,7 +89,7 @@ Differs from the paper (it has no public code; "iBOT" is bytedance/ibot @da316d8
     correlate (`agreement`) by more than the temperatures' ratio, since a student of targets at tau
     answers with correlation x 0.1 / tau of their spread. Young networks agree by 0.3 to 0.4 on
     iBOT's views, under 0.1 on HandMIM's, whose turns they cannot undo yet: --quick has tau 0.02
-    (`--teacher-tau`), which suffices for the former only.
+    (`--teacher-tau`), which suffices for the former only; 0.008 keeps both from uniform answers.
 """
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
 """tests/reproduce.py: every planned command is accepted, a tiny claim runs, verdicts, README agrees."""
-import dataclasses
 import json
 import math
 import shlex
@@ -245,12 +244,6 @@ def test_a_tiny_claim_runs_goes_on_and_ends_in_a_table(here, monkeypatch):
     assert "not run (1 of 3 seeds)" in text and "2 rows and seeds" in text and "Still to run" in text
     files = show.draw(TOY, here / "pictures", place.results)
     assert [file.name for file in files] == ["toy-gains.png", "toy-small.png"]
-
-
-def test_a_claim_that_waits_is_not_run(tmp_path, capsys):
-    place = sitting.Place(tmp_path, tmp_path, tmp_path, execute=lambda words, log: pytest.fail("was run"))
-    assert sitting.sit([dataclasses.replace(TOY, waits="a rule")], 1, None, place) == 0
-    assert "claim toy waits for a rule" in capsys.readouterr().out
 
 
 def test_a_failing_row_is_named_and_the_others_run(tmp_path, capsys, monkeypatch):
@@ -544,7 +537,7 @@ def test_readme_agrees_with_the_result_files():
 def test_readmes_block_has_tables_of_what_was_run_and_names_the_rest(tmp_path):
     (tmp_path / "peclr.jsonl").write_text(json.dumps(result("random", 0, 91.6, 0)) + "\n")
     text = show.readme_block(tmp_path)
-    assert text.startswith(show.CAPTION) and text.count("**") == 2 and "**PeCLR, frozen features" in text and "| HandMIM (Tab. 3 and 5); waits for" in text
+    assert text.startswith(show.CAPTION) and text.count("**") == 2 and "**PeCLR, frozen features" in text and "| HandMIM (Tab. 3 and 5) |" in text
     assert all(f"claim {claim.name}`" in text for claim in (*CORE, *FURTHER))
 
 

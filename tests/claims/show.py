@@ -69,9 +69,8 @@ def table(claim: Claim, results: Path = RESULTS) -> str:
     left = needed(claim, found)
     if left:
         state = "Still to run" if found else "Not run"
-        more = f"; it waits for {claim.waits}" if claim.waits else ""
         out += ["", f"{state}: `python tests/reproduce.py claim {claim.name}`, about {left / 60:.1f} "
-                    f"core-hours{more}."]
+                    "core-hours."]
     return "\n".join(out)
 
 
@@ -123,8 +122,7 @@ def readme_block(results: Path = RESULTS) -> str:
     if rest:
         out = ["| not run yet | command | core-hours, three seeds |", "|---|---|---:|"]
         for claim in rest:
-            waits = f"; waits for {claim.waits}" if claim.waits else ""
-            out.append(f"| {claim.title}{waits} | `python tests/reproduce.py claim {claim.name}` | "
+            out.append(f"| {claim.title} | `python tests/reproduce.py claim {claim.name}` | "
                        f"{needed(claim, []) / 60:.1f} |")
         parts.append("\n".join(out))
     return "\n\n".join(parts)

@@ -264,10 +264,6 @@ def sit(claims: list[Claim], seeds: int = SEEDS, budget: float | None = None,
     """
     place = place or Place()
     failed: set[Task] = set()
-    for claim in claims:
-        if claim.waits:
-            print(f"claim {claim.name} waits for {claim.waits}")
-    claims = [claim for claim in claims if not claim.waits]
     choosers = [calibration(claim) for claim in claims]
     every = tasks([*dict.fromkeys(one for one in choosers if one), *claims], seeds, budget)
     while time.monotonic() < until:
