@@ -897,7 +897,7 @@ def inspect(args: argparse.Namespace, flags: Flags, device: torch.device) -> Non
     """16 samples of a data set with their joints and, where there is a pose, the mesh; counts."""
     if not args.data:
         raise UserError("--inspect needs --data NAME[:PART][=DIR]")
-    split = args.split or ("val" if data_name(args.data) in ("coco", "imagenet") else "test")
+    split = args.split or scored_split(args.data)
     data = open_data(flags, (args.data,), split, 256, 1.5, device, live=True)
     if not len(data):
         raise UserError(f"{args.data} {split}: there is no sample to look at")
@@ -940,7 +940,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--data", default="", metavar="NAME",
         help="NAME[:PART][=DIR] (default: what RUN was tuned on)")
     add("--root", default="", metavar="DIR", help="the data set's folder (default data/NAME)")
-    add("--split", default="", choices=("train", "val", "test"), help="default test; coco has val")
+    add("--split", default="", choices=("train", "val", "test"),
+        help="default test; val where a paper's table is about it, or a data set has no test")
     add("--protocol", nargs="+", default=(), metavar="NAME", help="default: all of the data set's")
     add("--out", default="", metavar="DIR",
         help="default RUN/eval-DATA, for several runs runs/compare-DATA")

@@ -82,7 +82,8 @@ from common import (
     transform, uniform, unwrapped, warp)
 from hand import hand_mark
 from hand.drawing import curve, draw_skeleton, sheet
-from sources import Rig, Rows, Source, batches, data_name, hand_for, open_data, training_steps
+from sources import (
+    Rig, Rows, Source, batches, data_name, hand_for, open_data, scored_split, training_steps)
 from sources.judging import LIMITS, Exam, Row, assess, predictions, shares_within
 from sources.loader import gather
 from sources.predictors import Predictor, answer, outputs, scored_on
@@ -788,8 +789,10 @@ def refine(X: Tensor, uv: Tensor, P: Tensor, ok: Tensor, offset: Tensor | float 
     """Robust refinement: X (..., 3) minimises the sum over views of Huber(|error in px|, delta).
 
     (..., N, 2), (..., N, 3, 4), ok (..., N); `offset` (..., N, 3) moves X in each term. Damped
-    Gauss-Newton with Huber's weights, so it ends in the minimum that any other solver finds. Every
-    ten steps those are done with that an undamped one would not move by more than `still` px.
+    Gauss-Newton with Huber's weights and curvature: an error beyond delta has none along itself,
+    and by weights alone points with labels near delta would creep for hundreds of steps. So it ends
+    in the minimum that any other solver finds. Every ten steps those are done with that an undamped
+    one would not move by more than `still` px.
     """
     shape, N = X.shape, uv.shape[-2]
     lost = ~X.isfinite().all(-1, keepdim=True)                # fewer than two views: X stays NaN
@@ -815,7 +818,9 @@ def refine(X: Tensor, uv: Tensor, P: Tensor, ok: Tensor, offset: Tensor | float 
     def solve(damping: Tensor) -> Tensor:
         """What a step of that damping (n,) takes from X, (n, 3)."""
         w = (delta / d.clamp(min=delta))[..., None] * ok[..., None]
-        H = torch.einsum("...nra,...nrb->...ab", J * w[..., None], J)
+        u = torch.where(d > delta, 1 / d.clamp(min=delta), 0)[..., None] * r      # 0 within delta
+        across = J - u[..., None] * (u[..., None, :] @ J)
+        H = torch.einsum("...nra,...nrb->...ab", across * w[..., None], J)
         g = torch.einsum("...nra,...nr->...a", J, w * r)
         scale = damping[..., None, None] * H.diagonal(dim1=-2, dim2=-1)[..., None] + 1e-12
         A = H.nan_to_num() + scale.nan_to_num(nan=1.0) * eye
@@ -836,6 +841,8 @@ def refine(X: Tensor, uv: Tensor, P: Tensor, ok: Tensor, offset: Tensor | float 
             found[rows] = X
             px = (J @ solve(torch.full_like(damping, 1e-9))[:, None, :, None])[..., 0].norm(dim=-1)
             left = (~(px <= still)).any(-1).nonzero()[:, 0]           # here a GPU waits
+            if not len(left):
+                break
             rows, X, uv, P, ok, offset, damping = (
                 x[left] for x in (rows, X, uv, P, ok, offset, damping))
             r, J, d = look(X)
@@ -1188,16 +1195,17 @@ def against_labels(f: dict, hand: Mano | None = None) -> dict[str, Tensor]:
 
 
 def report(cfg: Config, out: Path, row: str, device: torch.device) -> None:
-    """Score the last epoch of a training on the test split: table, metrics.json, pictures."""
+    """Score the last epoch of a training on the `scored_split`: table, metrics.json, pictures."""
     content = load_checkpoint(out / f"train-{row}" / "final.pt")
     model = build(stored_config(Config, content["cfg"])).to(device).eval()
     model.load_state_dict(content["model"])
     models = {row: model}
     COURSE.begin(SCORING)
-    test = open_rig(cfg, "test", device, most=QUICK_TEST if cfg.quick else None)
+    split = scored_split(cfg.data[0])
+    test = open_rig(cfg, split, device, most=QUICK_TEST if cfg.quick else None)
     test = Rows(test, torch.arange(min(QUICK_TEST, len(test)))) if cfg.quick else test
     if not len(test):
-        say(f"wrote {out}/finetune.pt; {' '.join(cfg.data)} has no test split, so nothing was "
+        say(f"wrote {out}/finetune.pt; {' '.join(cfg.data)} has no {split} split, so nothing was "
             "scored")
         return
 
@@ -1219,12 +1227,12 @@ def report(cfg: Config, out: Path, row: str, device: torch.device) -> None:
         exam = dataclasses.replace(exam, data=train, protocols={})
         learnt, _ = assess(exam, predictor(models, cfg.image_size, train.gives("uv_label")))
     if rank() == 0:
-        conclude(cfg, out, rows, learnt, model)
+        conclude(cfg, out, rows, learnt, model, split)
 
 
-def conclude(cfg: Config, out: Path, rows: dict[str, Row], learnt: dict[str, Row], model: HaMuCo
-             ) -> None:
-    """Print and write what was found on test moments, and on those `learnt` from."""
+def conclude(cfg: Config, out: Path, rows: dict[str, Row], learnt: dict[str, Row], model: HaMuCo,
+             split: str) -> None:
+    """Print and write what was found on moments of a split, and on those `learnt` from."""
     protocol = "ours" if any(row.means() for row in rows.values()) else "labels"
     means = {name: row.means(protocol) for name, row in rows.items()}
     means["mean_pose"].pop("bone_spread_percent", None)     # a stiff hand; it would look perfect
@@ -1240,12 +1248,12 @@ def conclude(cfg: Config, out: Path, rows: dict[str, Row], learnt: dict[str, Row
         say(f"of {most:,} pictures these rows have fewer, for no hand could be made: "
             f"{', '.join(few)}")
     left_out, uses = len(last.errors) - n, sorted(model.USES)
-    say(f"{n:,} pictures of {len(test):,} test moments scored, {left_out} left out; MPJPE is "
+    say(f"{n:,} pictures of {len(test):,} {split} moments scored, {left_out} left out; MPJPE is "
         f"wrist-rooted, 2D in px of a crop {cfg.image_size} px wide; one seed ({cfg.seed}); "
         f"{size:.1f} M parameters; boxes from {test.box_source}; the network sees "
         f"{', '.join(uses)}, _center and _ransac also K")
-    entry = {"run": out.name, "n": n, "left_out": left_out, "box_source": test.box_source,
-             "uses": uses}
+    entry = {"run": out.name, "split": split, "n": n, "left_out": left_out,
+             "box_source": test.box_source, "uses": uses}
     write_results(out / "metrics.json", cfg.data[0], entry | {"protocol": "ours", "rows": means})
     if learnt:
         two = {name: {metric: x for metric, x in row.means().items() if "2d" in metric}
@@ -1318,6 +1326,9 @@ def checked(cfg: Config, given: set[str]) -> Config:
         raise UserError("--row: HaMuCo's rows are named after its outputs and --variant")
     if cfg.finetune:
         raise UserError("--finetune: HaMuCo has one stage, training on 2D labels of --data")
+    if len(splits := {scored_split(spec) for spec in cfg.data}) > 1:
+        raise UserError(f"--data {' '.join(cfg.data)}: are scored on other splits than each other "
+                        f"({', '.join(sorted(splits))}); train on those of one")
     if cfg.label_fraction != 1:
         raise UserError("--label-fraction: HaMuCo needs no labels; --data-fraction takes a part of "
                         "the moments")

@@ -1260,13 +1260,14 @@ def run_stages(given: dict[str, Any], out: Path, device: torch.device) -> None:
         first = configure(given | {"variant": before}, "pretrain")
         given = given | {"init": str(out / "backbone.pt"),
                          "finetune": given.get("finetune") or first.data[0],
-                         "row": given.get("row") or "-".join((METHOD, *every)),
+                         "row": given.get("row") or "-".join((first.objective, *every)),
                          "variant": tuple(name for name in every if name in FINETUNE_VARIANTS)}
         work = {f"pretrain-{stage_name(first)}": learning(first, PASSES, val=False)}
     elif not given.get("finetune"):
         return pretrain(configure(given, "pretrain"), out, device)
     cfg = configure(given, "finetune")
-    row = cfg.row or "-".join((row_name(cfg.init), *cfg.variant))
+    named = row_name(cfg.init, cfg.row)
+    row = named if cfg.row else "-".join((named, *cfg.variant))
     COURSE.plan(work | {f"finetune-{row}": learning(cfg), SCORING: judging(1)})
     if work:
         pretrain(first, out, device)

@@ -513,7 +513,7 @@ class HandNet(nn.Module):
         self.register_buffer("boxed", torch.tensor(True))
 
     def _load_from_state_dict(self, state: dict, prefix: str, *more: Any) -> None:
-        """Networks of before have no `boxed`: at camera 0 their wrist is central."""
+        """Finished networks of before have no `boxed`: at camera 0 their wrist is central."""
         state.setdefault(prefix + "boxed", torch.tensor(False))
         super()._load_from_state_dict(state, prefix, *more)
 

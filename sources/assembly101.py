@@ -106,7 +106,7 @@ def _hands(note: dict, image: dict, root: Path, tables: list[dict]) -> list[dict
             sure = np.zeros(N_JOINTS)
             file = (root / "labels" / path).with_suffix(".json")
             if file.is_file():
-                label, sure = hand_labels(file, side)
+                label, sure = hand_labels(file, side, both=True)
             found.append({
                 "path": f"images/{path}", "id": f"{path}-{side}", "side": side, "K": K,
                 "moment": f"{sequence}/{frame}-{side}", "camera": slot, "cameras": M,

@@ -163,7 +163,7 @@ def drop_unreadable(index: Index) -> Index:
 
 
 def drop_missing(index: Index) -> Index:
-    """Leave out and count rows whose picture is not there; UserError where none is."""
+    """Leave out and count rows whose picture is not there; UserError where none is left."""
     root = os.fsencode(index.root)
     listed = {}
     there = []
@@ -173,7 +173,8 @@ def drop_missing(index: Index) -> Index:
             listed[folder] = set(os.listdir(full)) if os.path.isdir(full) else set()
         there.append(name in listed[folder])
     if not any(there):
-        raise UserError(f"{index.summary()}; not one of the pictures is below {index.root}")
+        none = "not one of the pictures is below" if there else "nothing is left to read in"
+        raise UserError(f"{index.summary()}; {none} {index.root}")
     return index.drop(~np.array(there), "samples without their picture")
 
 

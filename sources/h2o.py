@@ -76,13 +76,14 @@ def index_h2o(root: str | Path, split: str = "train", part: str = "",
 
 
 def _text(file: Path, n: int) -> np.ndarray:
-    """The n numbers of a text file, NaN where it says so; UserError where it holds anything else.
-
-    Of a hand that is not annotated, the numbers may be any.
-    """
+    """The n numbers of a text file, NaN where it says so; UserError where it has anything else."""
     with reading(f"h2o: {file}"):
-        words = [float(word) for word in file_bytes(file).split()]
-        return numbers(words, "its content", n, unknown=True)
+        return numbers(_floats(file), "its content", n, unknown=True)
+
+
+def _floats(file: Path) -> list[float]:
+    """What a text file holds; ValueError where a word is no number."""
+    return [float(word) for word in file_bytes(file).split()]
 
 
 def _listed(file: Path) -> set[str]:
@@ -96,13 +97,15 @@ def _listed(file: Path) -> set[str]:
 def _hands(file: Path, n: int) -> np.ndarray:
     """The (2, n) numbers of the left and of the right hand, a file's, without the flag before them.
 
-    They are NaN where the flag is 0: what is written there then means nothing.
+    They are NaN where the flag is 0: what is written there then means nothing, and may be anything.
     """
-    found = _text(file, 2 * (n + 1)).reshape(2, n + 1)
     with reading(f"h2o: {file}"):
-        for flag in found[:, 0].tolist():
-            one_of(flag, "a hand's flag", 0, 1)
-    return np.where(found[:, :1] == 1, found[:, 1:], np.nan)
+        words = _floats(file)
+        halves = words[:n + 1], words[n + 1:]
+        known = [one_of(half[0], "a hand's flag", 0, 1) == 1 for half in halves if half]
+        read = [word if ok else 0.0 for half, ok in zip(halves, known) for word in half]
+        found = numbers(read, "its content", 2 * (n + 1), unknown=True)
+    return np.where(np.array(known)[:, None], found.reshape(2, n + 1)[:, 1:], np.nan)
 
 
 def _world_to_camera(file: Path) -> np.ndarray:
@@ -144,7 +147,7 @@ def _camera(root: Path, home: str, listed: set[str] | None) -> dict[str, np.ndar
             label = np.full((N_JOINTS, 2), np.nan)
             sure = np.zeros(N_JOINTS)
             if detected.is_file():
-                label, sure = hand_labels(detected, side)
+                label, sure = hand_labels(detected, side, both=True)
             rows.append({"path": f"{home}/rgb/{frame}.png", "side": side,
                          "moment": f"{sequence}/{frame}-{side}", "camera": int(camera),
                          "K": K, "size": size, "joints": joints[k], "fit": fit[k], "cameras": M,

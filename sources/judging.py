@@ -202,7 +202,7 @@ def _note(row: Row, f: dict, values: dict[str, dict[str, Tensor]], V: int) -> No
     """What a row keeps of every picture, and some pictures as they are."""
     scores = values["ours"] | values.get("labels", {})         # of data without truth, its labels
     error, batch = scores["mpjpe_mm"], f["batch"]
-    for flat in ("epe_2d_px", "label_px_crop"):
+    for flat in ("epe_2d_px_crop", "label_px_crop"):
         error = torch.where(error.isnan(), scores[flat], error) if flat in scores else error
     row.errors.append({"error": error.float().unflatten(0, (-1, V)).cpu()})
     there = batch.get("view_ok", torch.ones_like(error, dtype=torch.bool))

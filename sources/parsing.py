@@ -190,11 +190,13 @@ def json_numbers(file: Path, dims: tuple[int, ...]) -> np.ndarray:
     return values.reshape(-1, *dims)
 
 
-def hand_labels(file: str | Path, side: str = "right") -> tuple[np.ndarray, np.ndarray]:
+def hand_labels(file: str | Path, side: str = "right", both: bool = False
+                ) -> tuple[np.ndarray, np.ndarray]:
     """2D key points of a JSON file -> (21, 2) px, NaN where none, and (21,) confidence.
 
     Either [coordinates, confidences] as HaMuCo's released labels, or OpenPose's output, of which
-    the surest person's hand is taken. UserError where it is neither.
+    the surest person's hand is taken. UserError where it is neither; and with `both`, where a
+    picture has two hands, also for the first, which does not say which of them it is.
     """
     key = f"hand_{side}_keypoints_2d"
     with reading(file):
@@ -205,6 +207,8 @@ def hand_labels(file: str | Path, side: str = "right") -> tuple[np.ndarray, np.n
             people.sort(key=lambda hand: hand[:, 2].sum())
             hand = people[-1] if people else np.zeros((N_JOINTS, 3))
             uv, sure = hand[:, :2], hand[:, 2]
+        elif isinstance(found, list) and both:
+            raise ValueError("does not say which hand it is, as OpenPose's output does")
         elif isinstance(found, list) and len(found) == 2:
             uv = numbers(found[0], "coordinates", N_JOINTS, 2, unknown=True)
             sure = numbers(found[1], "confidences", N_JOINTS, unknown=True)

@@ -52,6 +52,10 @@ class Answered(NamedTuple):
         known = self.batch["joints"][i].masked_fill(~self.batch["joints_ok"][i][:, None], math.nan)
         return known - known[:1]
 
+    def unit(self, i: int) -> str:
+        """Of the error of picture i: mm, px where its joints or the true wrist are not known."""
+        return "mm" if (self.joints(i) - self.truth(i))[1:].isfinite().any() else "px"
+
 
 @torch.no_grad()
 def draw_rows(path: Path, rows: dict[str, Row], picked: Tensor, names: Sequence[str],
@@ -121,12 +125,13 @@ def legend(found: list[Answered], known: bool) -> str:
               "Beside the bones: the mesh, or the bones in 3D from the front." if any(meshes) else
               "Beside the bones: the bones in 3D from the front.")
     grey = " The truth is grey behind a prediction; joints that are hidden are hollow." * known
-    flat = len(meshes) < len(found)
-    errors = "in mm with the wrists together" + ", in 2D in px of the network's picture" * flat
-    errors = errors if known else "to the 2D labels, in px of the network's picture"
-    scored = any(math.isfinite(error) for one in found for error in one.errors)
+    units = {one.unit(i) for one in found for i, error in enumerate(one.errors)
+             if math.isfinite(error)}
+    said = {"mm": "in mm with the wrists together", "px": "in px of the square that is asked for"}
+    errors = ", in 2D ".join(said[unit] for unit in sorted(units))
+    errors = errors if known else f"to the 2D labels, {said['px']}"
     return (f"{beside} On white: in 3D from 60 degrees to the right and to the left, all to one "
-            f"scale (the bar).{grey}" + f" In the corner: the error, {errors}." * scored)
+            f"scale (the bar).{grey}" + f" In the corner: the error, {errors}." * bool(units))
 
 
 def block(pictures: list[Image.Image], text: str, wide: bool) -> Image.Image:
@@ -173,8 +178,7 @@ def answer_block(one: Answered, i: int, reach: float, wide: bool) -> Image.Image
     batch, pred = one.batch, one.pred
     image = batch["image"][i]
     turns = SIDES
-    unit = "mm" if batch["joints_ok"][i].any() and "joints" in pred else "px"
-    text = f"{one.errors[i]:.1f} {unit}" if math.isfinite(one.errors[i]) else ""
+    text = f"{one.errors[i]:.1f} {one.unit(i)}" if math.isfinite(one.errors[i]) else ""
     if "joints" not in pred:                              # labels, which say nothing of 3D
         return block([draw_skeleton(image, pred["uv"][i], width=2 * CELL)], text, wide)
     top = [draw_skeleton(image, pred["uv"][i], width=CELL)]

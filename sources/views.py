@@ -43,6 +43,10 @@ class Views(Source):
         moments, row = np.unique(columns["moment"], return_inverse=True)
         views = min(views, 1 + int(columns["camera"].max(initial=0)))
         keep = columns["camera"] < views
+        if len(keep) and not keep.any():
+            there = sorted(set(columns["camera"].tolist()))
+            raise UserError(f"{self.name}: has pictures of camera {' '.join(map(str, there))} "
+                            f"alone, counted from 0; take --views {there[0] + 1} or more")
         rows = np.full((len(moments), views), -1)
         rows[row[keep], columns["camera"][keep]] = np.flatnonzero(keep)
         if cameras:

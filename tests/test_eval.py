@@ -227,6 +227,15 @@ def test_bad_input_gives_one_sentence(tmp_path, monkeypatch, capsys, words, said
     assert said in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize("spec, split", [("assembly101=a", "val"), ("coco=a", "val"), ("imagenet=a", "val"), ("hanco=a", "test")])
+def test_inspect_opens_a_split_that_the_data_set_has(monkeypatch, spec, split):
+    asked = []
+    monkeypatch.setattr(judge, "open_data", lambda flags, specs, split, *rest, **more: asked.append(split) or [])
+    with pytest.raises(UserError, match=f"{spec} {split}: there is no sample to look at"):
+        judge.main(["--inspect", "--data", spec, "--device", "cpu"])
+    assert asked == [split]
+
+
 def test_inspect_draws_and_counts_a_folder_of_labels(tmp_path, monkeypatch, capsys):
     from PIL import Image
     monkeypatch.chdir(tmp_path)

@@ -69,7 +69,7 @@ def test_row_names_a_fine_tuning_and_is_refused_elsewhere(tmp_path, monkeypatch,
     with pytest.raises(UserError, match="--row"):
         module.main(["--row", "fig-5", "--device", "cpu", "--out", str(tmp_path / "c")])
     with pytest.raises(UserError, match="--row a/b: becomes the name of a folder"):
-        row_name("random", "a/b")
+        module.main([*words, "--row", "a/b", "--out", str(tmp_path / "d")])
 
 
 def test_hamuco_s_rows_have_no_other_name():

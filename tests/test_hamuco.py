@@ -871,7 +871,25 @@ def test_refinement_is_done_with_points_that_stand_still(g, monkeypatch):
         found = refine(X, uv, P, inliers)
     assert found[5].isnan().all() and float((found - whole).norm(dim=-1).nan_to_num().max()) < 1e-6
     assert solved[:10] == [21] * 10 and solved == sorted(solved, reverse=True) and sum(solved) < 0.6 * 21 * 60
-    assert asked == ["nonzero"] * 6
+    assert set(asked) == {"nonzero"} and len(asked) <= 4
+
+
+def test_refinement_reaches_the_minimum_also_where_labels_stand_near_delta():
+    """400 points before four cameras, 3 px of noise, a label in 28 astray: 3,000 solves with weights alone end in the same."""
+    draw = torch.Generator().manual_seed(0)
+    turns = axis_angle_to_matrix(torch.tensor([[0, 0.6 * v, 0] for v in range(4)]))
+    K = torch.tensor([[500.0, 0, 128], [0, 500, 128], [0, 0, 1]])
+    P = (K @ torch.cat([turns, torch.tensor([0, 0, 0.6]).expand(4, 3)[..., None]], 2)).expand(400, 4, 3, 4)
+    X = 0.08 * torch.randn(400, 3, generator=draw)
+    uv = reproject(X, P) + 3 * torch.randn(400, 4, 2, generator=draw)
+    uv[::7, 1] += 60
+    first, ok = triangulate(uv, P), torch.ones(400, 4, dtype=torch.bool)
+    found = refine(first, uv, P, ok, steps=40)
+    assert float((found - refine(first, uv, P, ok, steps=1000)).norm(dim=-1).max()) < 1e-7
+    X = found.clone().requires_grad_()
+    d = (reproject(X, P.double()) - uv).norm(dim=-1)
+    torch.where(d <= 2, d * d, 4 * d - 4).sum().backward()                       # Huber at 2 px: its slope is 0 there
+    assert float(X.grad.norm(dim=-1).max()) < 1e-2                               # px^2 a metre; a micrometre off it is 1
 
 
 def test_a_moment_with_one_view_is_scored_like_any_other():
@@ -1001,12 +1019,23 @@ def test_hamuco_s_paper_values_are_those_of_section_4_2():
     (["--variant", "no-c", "no-cf"], "--variant no-cf: does nothing beside --variant no-c"),
     (["--variant", "no-dcvi", "--mask-epochs", "3"], "--mask-epochs: does nothing beside --variant no-dcvi"),
     (["--rounds", "2", "--supervision", "truth3d"], "later rounds replace noisy labels"),
+    (["--data", "synthetic", "assembly101=a"], "--data synthetic assembly101=a: are scored on other splits"),
     (["--variant", "no-g1", "no-g2", "no-g3", "--samples", "16", "--image-size", "32"], "without an input")])
 def test_bad_options_give_one_sentence(tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
     assert common.guarded(lambda: hamuco.main(["--device", "cpu", "--data", "synthetic:calm", "--views", "2",
                                                "--backbone", "resnet10", *words])) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spec, split", [("assembly101=a", "val"), ("hanco=a", "test")])
+def test_the_split_that_is_scored_is_one_that_the_data_set_has(tmp_path, monkeypatch, capsys, spec, split):
+    asked = []
+    monkeypatch.setattr(hamuco, "load_checkpoint", lambda file: {"cfg": {}, "model": {}})
+    monkeypatch.setattr(hamuco, "build", lambda cfg: torch.nn.Module())
+    monkeypatch.setattr(hamuco, "open_rig", lambda cfg, split, device, most: asked.append(split) or [])
+    hamuco.report(Config(data=(spec,)), tmp_path, "hamuco", torch.device("cpu"))
+    assert asked == [split] and f"{spec} has no {split} split" in capsys.readouterr().out
 
 
 SMALL = ["--data", "synthetic:calm", "--samples", "16", "--backbone", "resnet10", "--image-size", "32", "--views", "2",

@@ -805,6 +805,9 @@ def test_each_command_runs_its_stages_with_their_options(monkeypatch, tmp_path):
         ("finetune", row, str(Path("a", "backbone.pt")), ("pymaf-sampler",), "synthetic:calm", 12),
         ("report", f"finetune-{row}", row, HandNet, 112, 2.2)]
     ran.clear()
+    handmim.main(["--quick", "--objective", "ibot", "--out", "i", "--device", "cpu"])
+    assert [stage[:2] for stage in ran] == [("pretrain", "ibot"), ("finetune", "ibot"), ("report", "finetune-ibot")]
+    ran.clear()
     handmim.main(["--finetune", "ho3d=DIR", "--init", "x/backbone-ibot.pt", "--out", "b", "--device", "cpu",
                   "--variant", "linear-rectifiers"])
     row = "ibot-linear-rectifiers"

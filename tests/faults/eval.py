@@ -6,6 +6,9 @@ JUDGING, RUNS, EVAL, MORE = "sources/test_judging.py", "test_eval_runs.py", "tes
 SHEETS = "sources/test_sheets.py"
 
 FAULTS = [
+    ("eval.py", "    split = args.split or scored_split(args.data)\n", "    split = args.split or 'test'\n", EVAL, "inspect_opens"),
+    ("sources/sheets.py", 'return "mm" if (self.joints(i) - self.truth(i))[1:].isfinite().any() else "px"', 'return "mm"', SHEETS, "called_mm"),
+    ("sources/sheets.py", 'for unit in sorted(units))', 'for unit in ("mm", "px"))', SHEETS, "called_mm"),
     # protocols
     ("sources/freihand.py", "first = torch.searchsorted(limits, error, right=True)",
      "first = torch.searchsorted(limits, error)", EVAL, "zero_under_every"),
@@ -54,7 +57,7 @@ FAULTS = [
     ("sources/judging.py", 'if not metric.startswith(("pa_", "f_", "pck_aligned"))} for name in raw})', "} for name in raw})",
      JUDGING, "mean_pose_row"),
     ("sources/judging.py", 'row.rooted = "root" in pred', "row.rooted = True", JUDGING, "mean_pose_row"),
-    ("sources/judging.py", 'for flat in ("epe_2d_px", "label_px_crop"):', "for flat in ():", JUDGING, "lone_prediction"),
+    ("sources/judging.py", 'for flat in ("epe_2d_px_crop", "label_px_crop"):', "for flat in ():", JUDGING, "lone_prediction"),
     ("sources/judging.py", "part = unmirror(placed, sides)", "part = placed", MORE, "left_hands_given_back"),
     ("sources/judging.py", "root = root_of(f[\"pred\"], f[\"batch\"], f[\"columns\"], truth=False)",
      "root = root_of(f[\"pred\"], f[\"batch\"], f[\"columns\"])", RUNS, "submission_to_freihand"),

@@ -3,6 +3,8 @@
 PIECES, STEP = "test_handmim.py", "test_handmim_step.py"
 
 FAULTS = [
+    ("handmim.py", '"-".join((first.objective, *every))', '"-".join((METHOD, *every))', STEP, "each_command_runs"),
+    ("handmim.py", "    named = row_name(cfg.init, cfg.row)\n", "    named = cfg.row or row_name(cfg.init)\n", "test_eval_runs.py", "row_names_a_fine_tuning and handmim"),
     # Eq. 3 and 4: signs, orders, centres, units
     ("handmim.py", "return torch.stack([c * x + s * y, c * y - s * x], -1)", "return torch.stack([c * x - s * y, c * y + s * x], -1)", PIECES, "pictures_move or order_the"),
     ("handmim.py", "return turn(view.gamma[..., None, None] * points - view.shift", "return turn(view.gamma[..., None, None] * points + view.shift", PIECES, "pictures_move or undoing"),

@@ -32,6 +32,9 @@ def test_doh100_leaves_out_and_counts(tmp_path):
     index = index_doh100(tmp_path, "train", cache=tmp_path / "cache")
     assert index.columns["id"].tolist() == ["b-0"] and index.notes == ["1 of 4 frames have no hand"]
     assert index.dropped == {"hands without a side": 3, "hands without a box": 2, "samples without their picture": 1}
+    write_doh100(tmp_path / "none", frames={"a": [("None", 1, 1, 9, 9)]})
+    with pytest.raises(UserError, match="1 hands without a side; nothing is left to read in"):
+        index_doh100(tmp_path / "none")
 
 
 @pytest.mark.parametrize("old, new, said", [

@@ -53,6 +53,9 @@ def test_labels_are_read_in_both_layouts(tmp_path):
         file.write_text(json.dumps(content))
         uv, sure = hand_labels(file)
         assert (uv == points).all() and (sure == 0.5).all()
+        if isinstance(content, list):
+            with pytest.raises(UserError, match="a.json: does not say which hand it is"):
+                hand_labels(file, "left", both=True)
     left = [x for u, v in points for x in (v, u, 0.4)]
     file.write_text(json.dumps({"people": [{"hand_right_keypoints_2d": [9.0] * 63, "hand_left_keypoints_2d": left}]}))
     assert (hand_labels(file, "left")[0] == np.array(points)[:, ::-1]).all()

@@ -68,6 +68,17 @@ def test_h2o_moments_are_one_hand_before_all_cameras(tmp_path):
             assert (M[:3, :3].mT @ (joint - M[:3, 3])).tolist() == pytest.approx([x, 0.02, 0.5], abs=1e-5)
 
 
+def test_cameras_that_are_all_left_out_are_named(tmp_path):
+    """H2O's archives of the head camera alone hold camera 4: with --views 4 nothing would be left."""
+    write_h2o(tmp_path)
+    for v in (0, 1):
+        (tmp_path / f"subject1/h1/0/cam{v}/hand_pose").rename(tmp_path / f"not-{v}")
+    hands = Hands(index_h2o(tmp_path), 32, 1.5)
+    with pytest.raises(UserError, match="has pictures of camera 4 alone, counted from 0; take --views 5 or more"):
+        Views(hands, 4)
+    assert len(Views(hands, 5)) == 4
+
+
 def test_h2o_tells_when_a_camera_means_one_hand_of_another_place(tmp_path):
     write_h2o(tmp_path, frames=1)
     file = tmp_path / "subject1/h1/0/cam1/cam_pose/000000.txt"
@@ -100,7 +111,7 @@ def test_h2o_leaves_out_and_counts(tmp_path):
     write_h2o(tmp_path, frames=4)
     home = tmp_path / "subject1/h1/0/cam1"
     (home / "cam_pose/000000.txt").write_text("0 " * 16)
-    (home / "hand_pose/000001.txt").write_text(" ".join(["0"] + ["0.1"] * 63 + ["1"] + ["0.1 0.1 0.5"] * 20 + ["-0.1 nan 1"]))
+    (home / "hand_pose/000001.txt").write_text(" ".join(["0"] + ["1e30"] * 63 + ["1"] + ["0.1 0.1 0.5"] * 20 + ["-0.1 nan 1"]))
     (home / "hand_pose/000002.txt").write_text(" ".join(["1"] + ["0.1 0.1 -0.5"] * 21 + ["1"] + ["0.1 0.1 0.5 0 0 1"] * 10 + ["0 0 1"]))
     (home / "rgb/000003.png").unlink()
     index = index_h2o(tmp_path)

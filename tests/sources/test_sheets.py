@@ -83,8 +83,26 @@ def test_nothing_is_called_truth_where_there_is_none(monkeypatch, tmp_path):
 
 def test_labels_are_drawn_over_the_picture_alone_and_what_was_not_made_says_so(monkeypatch, tmp_path):
     found = drawn(monkeypatch, tmp_path, Line(), labels=lambda batch: {"uv": batch["uv"]}, one=larger(math.nan))
-    assert found["words"] == ["no hand was made", "", ""] * 2 and "in 2D in px of the network's picture" in found["note"]
+    assert found["words"] == ["no hand was made", "", ""] * 2
+    assert "In the corner: the error, in px of the square that is asked for." in found["note"]
     assert [turn for turn, _ in found["sides"]] == 2 * [60, -60]                    # the truth's
+
+
+def test_an_error_is_called_mm_only_where_it_is(monkeypatch, tmp_path):
+    """Where the true wrist is not known nothing is wrist-rooted, and the error that is shown is that in 2D."""
+    class Wristless(Line):
+        def batches(self, plan, device, workers):
+            for batch in super().batches(plan, device, workers):
+                batch["joints_ok"][1:, 0] = False
+                yield batch
+
+    texts = []
+    monkeypatch.setattr(sheets, "label", lambda image, text, size: (texts.append(text), image)[1])
+    found = drawn(monkeypatch, tmp_path, Wristless(), one=larger(1))
+    assert texts == ["1.0 mm", "2.0 px"] and "together, in 2D in px" in found["note"]
+    texts.clear()
+    found = drawn(monkeypatch, tmp_path, Line(), one=larger(1))
+    assert texts == ["1.0 mm", "2.0 mm"] and "px" not in found["note"]
 
 
 def test_one_picture_alone_is_as_large_as_four():
