@@ -1259,7 +1259,7 @@ def conclude(cfg: Config, out: Path, rows: dict[str, Row], learnt: dict[str, Row
         two = {name: {metric: x for metric, x in row.means().items() if "2d" in metric}
                for name, row in kinds(learnt, SHEET).items()}
         say("on moments it was trained on, 2D error to the truth in px: "
-            + ", ".join(f"{name} {row['epe_2d_px_crop']:.2f}" for name, row in two.items()))
+            + ", ".join(f"{name} {row['epe_2d_px_crop']:.2f}" for name, row in two.items() if row))
         entry |= {"protocol": "training_2d", "rows": two}
         write_results(out / "metrics.json", cfg.data[0], entry)
         lines = {name: (LIMITS, row.tallies["fig_4"].points("within"))

@@ -95,7 +95,8 @@ def _hands(note: dict, image: dict, root: Path, tables: list[dict]) -> list[dict
             found.append("hands without a box")
         elif seen.sum() < SEEN:
             found.append("hands with fewer than 10 visible joints")
-        elif frame not in frames.get(sequence, {}):
+        elif not (frame in frames.get(sequence, {})
+                  and frames[sequence][frame]["joint_valid"][own].any()):
             found.append("hands without 3D joints")
         else:
             true = frames[sequence][frame]

@@ -70,19 +70,24 @@ def _look(root: Path, files: list[str], kept: Path) -> None:
         return
     if os.path.lexists(kept) and not kept.is_file():                    # a pipe would wait for ever
         raise UserError(f"--cache: {kept} is in the way; remove it")
+    for file in tqdm(new, "finding hands", unit="photo"):
+        hands: list[dict] | None = None
+        try:
+            photo = read_image(root / file)
+        except UserError as error:
+            say(f"{error}; left out")
+        else:
+            hands = [hand | {"uv": hand["uv"].tolist()} for hand in detect_hands(photo)]
+        text = json.dumps({"path": file, "stamp": _stamp(root / file), "hands": hands})
+        _add_line(kept, f"{zlib.crc32(text.encode()):08x} {text}")
+
+
+def _add_line(kept: Path, text: str) -> None:
+    """A line of its own at the end of a file, also where the last was torn."""
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with open(kept, "a", encoding="utf-8") as lines:
-            for file in tqdm(new, "finding hands", unit="photo"):
-                hands: list[dict] | None = None
-                try:
-                    photo = read_image(root / file)
-                except UserError as error:
-                    say(f"{error}; left out")
-                else:
-                    hands = [hand | {"uv": hand["uv"].tolist()} for hand in detect_hands(photo)]
-                text = json.dumps({"path": file, "stamp": _stamp(root / file), "hands": hands})
-                print(f"\n{zlib.crc32(text.encode()):08x} {text}", file=lines, flush=True)
+            lines.write(f"\n{text}\n")
     except OSError as error:
         raise UserError(f"--cache {kept}: cannot be written ({error.strerror})") from None
 

@@ -1,6 +1,7 @@
 """Faults of sources: file, line as it stands, line as broken, the test file and the part of the test's name."""
 
 FAULTS = [
+    ("sources/assembly101.py", '["joint_valid"][own].any()):', '["joint_valid"].any()):', "sources/test_assembly101.py", "leaves_out"),
     ("sources/views.py", "if len(keep) and not keep.any():", "if False:", "sources/test_h2o.py", "all_left_out"),
     ("sources/files.py", 'below" if there else', 'below" if True else', "sources/test_doh100.py", "leaves_out"),
     ("sources/parsing.py", "elif isinstance(found, list) and both:", "elif False:", "sources/test_files.py", "both_layouts"),

@@ -65,6 +65,9 @@ def test_assembly101_leaves_out_and_counts(tmp_path):
     frame["world_coord"][3][1] = frame["world_coord"][41][1] = None    # of the right hand; the left wrist is not valid anyway
     file_of(tmp_path, "joint_3d").write_text(json.dumps(content))
     assert index_assembly101(tmp_path, "val").dropped["hands with NaN"] == 2
+    frame["joint_valid"] = [0] * 21 + [1] * 21                      # the right hand is annotated in 2D alone, in two views
+    file_of(tmp_path, "joint_3d").write_text(json.dumps(content))
+    assert index_assembly101(tmp_path, "val").dropped["hands without 3D joints"] == 2
     del content["annotations"][SEQUENCE]["000522"]
     file_of(tmp_path, "joint_3d").write_text(json.dumps(content))
     assert index_assembly101(tmp_path, "val", cache=tmp_path / "cache").dropped["hands without 3D joints"] == 4
