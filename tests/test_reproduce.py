@@ -64,7 +64,8 @@ def test_the_scripts_accept_every_planned_command(claim):
                 assert no_pictures or cfg.backbone == ("vit_mini" if row.weights.script == "handmim" else "resnet10")
                 assert no_pictures or cfg.epochs == epochs_of(row.weights, budget, scale)
                 assert cfg.data == ("synthetic",) and cfg.out == "out" and cfg.cache == "cache"
-                assert pictures_of(row.weights, budget, scale) == budget * 131_072
+                rounds = 3 if row.name == "three" else 1
+                assert pictures_of(row.weights, budget, scale) == rounds * budget * 131_072
         for tuning in claim.tunings:
             cfg = accepted(tune_words(claim, row, tuning, 2, "file.pt", "out", "cache", scale, 1e-3))
             assert cfg.backbone == ("vit_mini" if claim.script == "handmim" else "resnet10")
@@ -75,6 +76,18 @@ def test_the_scripts_accept_every_planned_command(claim):
 def test_the_batch_that_pictures_are_counted_by_is_the_commands():
     for script, batch in BATCH.items():
         assert accepted(pretrain_words(Weights(script), 0, 1, "out", "cache", Scale())).batch_size == batch
+    for views, moments in ((2, 16), (4, 8), (8, 4)):                     # 32 pictures a step, as many steps for all
+        cfg = accepted(pretrain_words(Weights("hamuco", ("--views", str(views))), 0, 0.5, "out", "cache", Scale(), 1e-3))
+        assert (cfg.batch_size, cfg.micro_batch) == (moments, moments) and cfg.samples / moments * cfg.epochs == 2048
+
+
+def test_the_smallest_gain_that_counts_is_the_plans():
+    """1 % for frozen features, 2 % for tuned networks and HaMuCo, 5 % where the claim is "clearly"."""
+    clear = {"PeCLR beats random features", "in 2D predictions beat the labels learnt from"}
+    for claim in (*CORE, *FURTHER):
+        for compared in claim.compared:
+            frozen = compared.better[1].startswith(("probe_", "class_", "patch_"))
+            assert compared.least == (5 if compared.says in clear else 1 if frozen else 2), compared.says
 
 
 @pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
@@ -126,6 +139,19 @@ def test_the_rate_is_the_one_that_was_best_for_scratch(tmp_path):
     assert sitting.rate_of(TI_NET, calibrated(tmp_path, [79, 80, 85])) == 5e-4
 
 
+def test_a_rate_is_chosen_at_the_plans_budget_and_share_alone(tmp_path):
+    rows = calibration(CLAIMS["hamuco"]).rows
+    line = lambda row, budget, error: {"row": row.name, "seed": 100, "budget": budget, "scores": {"single_view_n_mpjpe_mm": error}}
+    found = [line(row, 0.5, error) for row, error in zip(rows, (40, 35, 38))] + [line(rows[0], 2.0, 30)]
+    (tmp_path / "calibrate-hamuco.jsonl").write_text("".join(json.dumps(one) + "\n" for one in found))
+    assert sitting.rate_of(CLAIMS["hamuco"], tmp_path) == 1e-3
+    todo = sitting.tasks([CLAIMS["hamuco"]], 1, 2.0)
+    assert {t.budget for t in todo if t.row.name == "full"} == {2.0}
+    told = [{"row": "scratch", "commands": {"small": f"python ti_net.py --label-fraction {x} --epochs 5"}} for x in ("0.25", "0.5")]
+    (tmp_path / "ti_net.jsonl").write_text("".join(json.dumps(one) + "\n" for one in told))
+    assert sitting.lines(TI_NET, tmp_path) == told[:1]
+
+
 def test_scratch_above_the_mean_pose_stops_a_claim(tmp_path):
     with pytest.raises(sitting.Failed, match="double SHARE"):
         sitting.rate_of(TI_NET, calibrated(tmp_path, [120, 110, 130]))
@@ -140,7 +166,7 @@ def test_a_whole_seed_comes_before_the_next_one_and_a_budget_before_a_larger():
         (0, 1), (1, 1), (0, 4), (1, 4)]
     first = [t for t in todo if t.budget in (0, 1, 1.5)]
     assert todo[:len(first)] == first and [t.seed for t in first] == sorted(t.seed for t in first)
-    assert len(todo) == len(set(todo)) == 2 * (8 + 3 + 6)
+    assert len(todo) == len(set(todo)) == 2 * (8 + 5 + 6)
 
 
 def test_a_stopped_stage_goes_on_and_a_finished_one_is_not_run_again(tmp_path):
@@ -166,6 +192,8 @@ def test_a_stopped_stage_goes_on_and_a_finished_one_is_not_run_again(tmp_path):
     assert about["seconds"] == 100 and about["precision"] == "bf16" and about["command"] == "python x.py"
     assert sitting.stage(["x.py"], tmp_path / "out", place) == about
     assert calls == [["x.py"], ["x.py"], ["x.py", "--resume"]]
+    with pytest.raises(sitting.Failed, match="out was made by another command; move it away"):
+        sitting.stage(["x.py", "--teacher-tau", "0.008"], tmp_path / "out", place)
 
 
 def test_a_script_that_fails_is_quoted_and_one_that_is_interrupted_is_stopped(tmp_path, monkeypatch):

@@ -112,9 +112,25 @@ def samples_of(weights: Weights, scale: Scale) -> int:
     return round(weights.share * scale.pictures / of)
 
 
+def _number(words: tuple[str, ...], flag: str, default: int) -> int:
+    """What a flag says, or the default."""
+    return int(words[words.index(flag) + 1]) if flag in words else default
+
+
 def views_of(words: tuple[str, ...]) -> int:
     """HaMuCo's cameras: four, or what --views says."""
-    return int(words[words.index("--views") + 1]) if "--views" in words else 4
+    return _number(words, "--views", 4)
+
+
+def rounds_of(words: tuple[str, ...]) -> int:
+    """HaMuCo's rounds, each a training of its own."""
+    return _number(words, "--rounds", 1)
+
+
+def batch_of(weights: Weights, scale: Scale) -> int:
+    """Samples of a step. HaMuCo's moments make 32 pictures, so that rows of other cameras take as many steps."""
+    batch = BATCH.get(weights.script) or 32 // views_of(weights.words)
+    return min(batch, samples_of(weights, scale))
 
 
 def epochs_of(weights: Weights, budget: float, scale: Scale) -> int:
@@ -128,9 +144,8 @@ def pictures_of(weights: Weights, budget: float, scale: Scale) -> int:
     views = VIEWS.get(weights.script) or views_of(weights.words)
     if weights.script in LABELS_ALONE:
         return 0
-    n = samples_of(weights, scale)
-    batch = min(BATCH.get(weights.script, 8), n)
-    return views * max(1, n // batch) * batch * epochs_of(weights, budget, scale)
+    n, batch = samples_of(weights, scale), batch_of(weights, scale)
+    return rounds_of(weights.words) * views * max(1, n // batch) * batch * epochs_of(weights, budget, scale)
 
 
 def momentum(steps: int) -> float:
@@ -156,9 +171,8 @@ def pretrain_words(weights: Weights, seed: int, budget: float, out: Path | str, 
              "--image-size", str(scale.side), "--seed", str(seed), "--out", str(out), "--cache",
              str(cache), "--device", scale.device, "--backbone",
              backbone_of(script, scale), *PLAIN, *RECIPE[script]]
-    if script in BATCH:
-        batch = min(BATCH[script], n)
-        given += ["--batch-size", str(batch), "--micro-batch", str(batch)]
+    batch = batch_of(weights, scale)
+    given += ["--batch-size", str(batch), "--micro-batch", str(batch)]
     if script == "handmim":
         steps = epochs * max(1, n // batch)
         given += ["--teacher-momentum", str(momentum(steps))]
@@ -201,4 +215,4 @@ def minutes_of(claim: Claim, row: Row, budget: float) -> tuple[float, float]:
     if row.weights is None:
         return 0, claim.minutes
     minutes = 8 if "single-view" in row.weights.words else MINUTES[row.weights.script]
-    return (budget or 1) * minutes, claim.minutes
+    return (budget or 1) * minutes * rounds_of(row.weights.words), claim.minutes

@@ -166,10 +166,12 @@ def draw(claim: Claim, out: Path, results: Path = RESULTS) -> list[Path]:
         name = f"{tuning.name}_curve_mm"
         series = {}
         for row in claim.rows:
-            curves = [line["groups"][name] for line in found
-                      if line["row"] == row.name and name in line["groups"]]
-            if curves:
-                series[row.name] = (range(1, 1 + len(curves[0])), np.mean(curves, 0).tolist())
+            for b in sorted({line["budget"] for line in found if line["row"] == row.name}):
+                mine = [line_of(found, row, seed, b) for seed in sorted({x["seed"] for x in found})]
+                curves = [line["groups"][name] for line in mine if line and name in line["groups"]]
+                if curves:
+                    label = row.name + f", {b:g}" * bool(b)
+                    series[label] = (range(1, 1 + len(curves[0])), np.mean(curves, 0).tolist())
         if series:
             files.append(out / f"{claim.name}-{tuning.name}.png")
             curve(files[-1], series, f"validation MPJPE, {tuning.share:.0%} of the labels", "epoch", "mm")

@@ -61,7 +61,15 @@ def lines(claim: Claim, results: Path = RESULTS) -> list[dict]:
     file = results / f"{claim.name}.jsonl"
     if not file.is_file():
         return []
-    return [json.loads(line) for line in file.read_text().splitlines() if line]
+    found = [json.loads(line) for line in file.read_text().splitlines() if line]
+    return [line for line in found if _as_planned(claim, line)]
+
+
+def _as_planned(claim: Claim, line: dict) -> bool:
+    """Whether a row was tuned with the plan's shares of the labels: they may be doubled (PLAN.md)."""
+    commands = line.get("commands", {})
+    return all(f"--label-fraction {tuning.share:g} " in commands.get(tuning.name, f"--label-fraction {tuning.share:g} ")
+               for tuning in claim.tunings)
 
 
 def tasks(claims: list[Claim], seeds: int, budget: float | None) -> list[Task]:
@@ -87,7 +95,9 @@ def rate_of(claim: Claim, results: Path) -> float:
     chooser = calibration(claim)
     if chooser is None:
         return 1.0
-    found = {line["row"]: line["scores"] for line in lines(chooser, results)}
+    planned = {(row.name, b) for row in chooser.rows for b in budgets_of(chooser, row)}
+    found = {line["row"]: line["scores"] for line in lines(chooser, results)
+             if (line["row"], line["budget"]) in planned}             # none that was trained for longer
     if not {row.name for row in chooser.rows} <= set(found):
         return 0.0
     name = "single_view_n_mpjpe_mm" if claim.script == "hamuco" else "small_val_mm"
@@ -128,8 +138,12 @@ def stage(words: list[str], out: Path, place: Place) -> dict:
     OUT/done.json then holds the command, its seconds over all sittings, git state and precision.
     """
     mark, taken = out / "done.json", out.with_name(out.name + ".seconds")
+    command = "python " + " ".join(words)
     if mark.is_file():
-        return json.loads(mark.read_text())
+        about = json.loads(mark.read_text())
+        if about["command"] != command:
+            raise Failed(f"{out} was made by another command; move it away:\n  {about['command']}\n  {command}")
+        return about
     if out.exists() and not any(out.rglob("last.pt")):
         shutil.rmtree(out)
         taken.unlink(missing_ok=True)
@@ -143,7 +157,7 @@ def stage(words: list[str], out: Path, place: Place) -> dict:
         seconds = before + time.monotonic() - began
         taken.write_text(f"{seconds:.1f}")                # a killed sitting's are lost, not a stopped one's
     config = json.loads(next(out.glob("*/config.json")).read_text())["cfg"]
-    about = {"command": "python " + " ".join(words), "seconds": round(seconds),
+    about = {"command": command, "seconds": round(seconds),
              "precision": config.get("precision", "fp32"), "git": git()}
     mark.write_text(json.dumps(about) + "\n")
     taken.unlink()
@@ -244,6 +258,7 @@ def run(task: Task, place: Place) -> None:
     seconds = {name: x["seconds"] for name, x in stages.items()}
     line = {"claim": claim.name, "row": row.name, "seed": task.seed, "budget": task.budget,
             "date": datetime.date.today().isoformat(), "machine": machine(), "git": git(),
+            "commits": {name: x["git"] for name, x in stages.items()},
             "device": scale.device, "precision": sorted({x["precision"] for x in stages.values()}),
             "pictures": pictures_of(row.weights, task.budget, scale) if row.weights else 0,
             "seconds": seconds | {"scoring": round(time.monotonic() - began)},
@@ -265,7 +280,8 @@ def sit(claims: list[Claim], seeds: int = SEEDS, budget: float | None = None,
     place = place or Place()
     failed: set[Task] = set()
     choosers = [calibration(claim) for claim in claims]
-    every = tasks([*dict.fromkeys(one for one in choosers if one), *claims], seeds, budget)
+    first = tasks([*dict.fromkeys(one for one in choosers if one)], 1, None)      # at their own budget
+    every = [*dict.fromkeys(first + tasks(claims, seeds, budget))]
     while time.monotonic() < until:
         moved = busy = False
         for task in every:

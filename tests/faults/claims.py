@@ -6,6 +6,11 @@ ALGEBRAIC, TEST = "tests/claims/lt_algebraic.py", "test_reproduce.py"
 FAULTS = [(file, old, new, TEST, words) for file, old, new, words in [
     (PLAN, "return max(1, round(budget * scale.unit / (views * samples_of(weights, scale))))",
      "return max(1, round(budget * scale.unit / samples_of(weights, scale)))", "accept_every_planned and ti_net"),
+    (SIT, '             if (line["row"], line["budget"]) in planned}', "             }", "budget_and_share"),
+    (SIT, "if _as_planned(claim, line)]", "]", "budget_and_share"),
+    (SIT, '        if about["command"] != command:', "        if False:", "stopped_stage"),
+    (PLAN, "or 32 // views_of(weights.words)", "or 8", "batch_that_pictures"),
+    (PLAN, "    return rounds_of(weights.words) * views", "    return views", "accept_every_planned and rounds"),
     (PLAN, "1 - 2 * math.log(100) / steps", "1 - math.log(100) / steps", "teachers_momentum"),
     (SIT, "execute(words + [\"--resume\"] * out.exists(), ", "execute(words, ", "stopped_stage"),
     (SIT, "seconds = before + time.monotonic() - began", "seconds = time.monotonic() - began", "stopped_stage"),

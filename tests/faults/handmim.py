@@ -134,7 +134,7 @@ FAULTS = [
     ("handmim.py", "given = given | {\"init\": str(out / \"backbone.pt\"),", "given = given | {", STEP, "each_command"),
     ("sources/photos.py", 'if known.get(file, {}).get("stamp") != _stamp(root / file)]', "if file not in known]", "sources/test_photos.py", "new_or_changed"),
     ("sources/photos.py", 'if mark != f"{zlib.crc32(text):08x}".encode() or not text:', "if not text:", "sources/test_photos.py", "new_or_changed"),
-    ("sources/photos.py", 'print(f"\\n{zlib', 'print(f"{zlib', "sources/test_photos.py", "new_or_changed"),
+    ("sources/photos.py", 'lines.write(f"\\n{text}', 'lines.write(f"{text}', "sources/test_photos.py", "new_or_changed"),
     ("sources/__init__.py", "and (plain or part) and not labelled:", "and plain and not labelled:", "sources/test_photos.py", "every_pretraining"),
     # what stands around the loops
     ("handmim.py", "optimizer, total=total)\n    share = centre_share(cfg.teacher_momentum)\n    for epoch in range(run.step // steps, cfg.epochs):\n        model.train()\n", "optimizer, total=total)\n    share = centre_share(cfg.teacher_momentum)\n    model.train()\n    for epoch in range(run.step // steps, cfg.epochs):\n", STEP, "pretraining_loop"),
