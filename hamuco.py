@@ -1260,7 +1260,10 @@ def conclude(cfg: Config, out: Path, rows: dict[str, Row], learnt: dict[str, Row
                for name, row in kinds(learnt, SHEET).items()}
         say("on moments it was trained on, 2D error to the truth in px: "
             + ", ".join(f"{name} {row['epe_2d_px_crop']:.2f}" for name, row in two.items() if row))
-        entry |= {"protocol": "training_2d", "rows": two}
+        n = max(row.count("scored ours") for row in learnt.values())
+        left_out = max(len(row.errors) for row in learnt.values()) - n
+        entry |= {"split": "train", "n": n, "left_out": left_out, "protocol": "training_2d",
+                  "rows": two}
         write_results(out / "metrics.json", cfg.data[0], entry)
         lines = {name: (LIMITS, row.tallies["fig_4"].points("within"))
                  for name, row in kinds(rows, SHEET[:4]).items()}

@@ -186,7 +186,7 @@ def about_table(rows: dict[str, Row]) -> str:
 
 
 def write_results(path: Path, data: str, result: dict[str, Any]) -> None:
-    """Add one entry (run, protocol, n, left_out, box_source, uses, rows) to a metrics.json.
+    """Add one entry (run, split, protocol, n, left_out, box_source, uses, rows) to a metrics.json.
 
     An entry of the same run and protocol is replaced. UserError where the file is no metrics.json.
     """

@@ -1142,6 +1142,8 @@ def test_quick_begins_with_single_views_and_goes_on_from_their_backbone(tmp_path
     results = json.loads((tmp_path / "a" / "metrics.json").read_text())["results"]
     assert {"single", "interaction", "fusion"} <= set(results[0]["rows"]) and "single_view" not in results[0]["rows"]
     assert {"labels", "single", "interaction", "fusion"} == set(results[1]["rows"])
+    assert [(r["protocol"], r["split"]) for r in results] == [("ours", "test"), ("training_2d", "train")]
+    assert results[1]["n"] == 32 and results[1]["left_out"] == 0 and results[0]["n"] == 32
     assert "mpjpe_mm" not in results[0]["rows"]["labels"] and "epe_2d_px_crop" in results[0]["rows"]["labels"]
 
 
