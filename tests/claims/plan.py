@@ -15,7 +15,7 @@ class Scale:
 
     unit: int = UNIT                   # pictures of budget 1
     pictures: int = 16_384             # unlabelled set, of which the labels are a share
-    tuned: int = 81_920                # pictures that a fine-tuning sees, whatever the share
+    tuned: int = 81_920                # pictures that a fine-tuning sees `times` times, whatever the share
     side: int = 64                     # of the network's input, px
     probed: int = 8_192                # hands that the ridge probe is fitted to
     device: str = "cpu"                # where networks are trained
@@ -39,6 +39,7 @@ class Tuning:
     name: str
     share: float                       # of the labels
     words: tuple[str, ...] = ()
+    times: int = 1                     # Scale.tuned pictures
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def pretrain_words(weights: Weights, seed: int, budget: float, out: Path | str, 
 def tune_words(claim: Claim, row: Row, tuning: Tuning, seed: int, init: Path | str,
                out: Path | str, cache: Path | str, scale: Scale, rate: float) -> list[str]:
     """The command that fine-tunes a row; `init` is its weights' file, or random, `rate` the claim's."""
-    epochs = max(1, round(scale.tuned / (tuning.share * scale.pictures)))
+    epochs = max(1, round(tuning.times * scale.tuned / (tuning.share * scale.pictures)))
     return [claim.script + ".py", "--init", str(init), "--finetune", "synthetic", "--samples",
              str(scale.pictures), "--label-fraction", f"{tuning.share:g}", "--epochs", str(epochs),
              "--lr", f"{rate:g}", "--image-size", str(scale.side),

@@ -6,6 +6,7 @@ from claims.plan import GRID, SHARE, Claim, Comparison, Row, Tuning, Weights
 # ---- Core claims ---------------------------------------------------------------------------------
 
 SMALL, ALL = Tuning("small", SHARE), Tuning("all", 1.0)
+LONG = Tuning("small", SHARE, times=2)                 # TI-Net's head; PLAN.md, Changes
 OURS = ("--augment", "scale", "rotation", "translation", "colour-jitter")      # PeCLR's best
 
 
@@ -98,7 +99,7 @@ TI_NET = Claim(
      Comparison("the same, frozen", ("ti_net", PROBE), ("reconstruction", PROBE), "not given", 1),
      Comparison("operators that can turn help", ("ti_net-modulated", SMALL_MM),
                 ("ti_net", SMALL_MM), "ours (ti_net.py, 15)", 2)),
-    probe=True, tunings=(SMALL,), budgets=(1.5,), minutes=6)
+    probe=True, tunings=(LONG,), budgets=(1.5,), minutes=11)
 
 CLASS, PATCH = "class_mpjpe_mm", "patch_mpjpe_mm"
 HALF = (0.5,)                          # of the claims whose pictures cost most; PLAN.md, Changes
@@ -219,10 +220,9 @@ FURTHER = (FROZEN_BLOCKS, UNLABELLED, DOMAINS, CALIBRATION, ROUNDS, DATA_SHARE, 
 
 CALIBRATE = tuple(
     Claim(f"calibrate-{script}", f"the fine-tuning's rate of {script}, on scratch alone", script,
-          tuple(Row(f"scratch-{rate:g}-of-{SHARE:g}", rate=rate) for rate in GRID[script]), (),
-          tunings=(SMALL,), first_seed=100,
-          minutes={"peclr": 5, "ti_net": 5, "handmim": 11}[script])
-    for script in ("peclr", "ti_net", "handmim")) + (
+          tuple(Row(f"scratch-{rate:g}-of-{SHARE:g}" + "-twice" * (tuning.times == 2), rate=rate) for rate in GRID[script]), (),
+          tunings=(tuning,), first_seed=100, minutes=minutes)
+    for script, tuning, minutes in (("peclr", SMALL, 5), ("ti_net", LONG, 10), ("handmim", SMALL, 11))) + (
     Claim("calibrate-hamuco", "the rate of hamuco, on single views alone", "hamuco",
           tuple(Row(f"single-view-{rate:g}", hamuco("--variant", "single-view"), rate=rate)
                 for rate in GRID["hamuco"]), (), budgets=HALF, first_seed=100, minutes=1),)

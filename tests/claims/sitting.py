@@ -105,8 +105,8 @@ def rate_of(claim: Claim, results: Path) -> float:
     scores = found[best.name]
     if claim.tunings and scores["small_mpjpe_mm"] > scores["small_mean_pose_mpjpe_mm"]:
         raise Failed(f"{chooser.name}: scratch ends at {scores['small_mpjpe_mm']:.1f} mm, above the mean "
-                     f"pose's {scores['small_mean_pose_mpjpe_mm']:.1f}; double SHARE in plan.py and say so, "
-                     "with the date, in PLAN.md")
+                     f"pose's {scores['small_mean_pose_mpjpe_mm']:.1f}; double SHARE, or the tuning's length "
+                     "where its curve still falls, and say so, with the date, in PLAN.md")
     return best.rate
 
 
