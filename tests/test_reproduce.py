@@ -63,7 +63,7 @@ def test_the_scripts_accept_every_planned_command(claim):
                 no_pictures = row.weights.script in ("canonpose", "lt_algebraic")
                 assert no_pictures or cfg.backbone == ("vit_mini" if row.weights.script == "handmim" else "resnet10")
                 assert no_pictures or cfg.epochs == epochs_of(row.weights, budget, scale)
-                assert cfg.data == ("synthetic",) and cfg.out == "out" and cfg.cache == "cache"
+                assert cfg.data == (row.weights.data,) and cfg.out == "out" and cfg.cache == "cache"
                 rounds = 3 if row.name == "three" else 1
                 assert pictures_of(row.weights, budget, scale) == rounds * budget * 131_072
         for tuning in claim.tunings:

@@ -30,6 +30,7 @@ class Weights:
     script: str
     words: tuple[str, ...] = ()
     share: float = 1.0                 # of the unlabelled set
+    data: str = "synthetic"
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Claim:
     tests: tuple[str, ...] = ("synthetic",)       # where fine-tuned rows are scored
     first_seed: int = 0
     minutes: float = 0                 # of a core, a row and seed beyond its pre-training
+    chooser: str = ""                  # of its rate: calibrate-CHOOSER; empty: calibrate-SCRIPT
 
 
 # ---- The one recipe of all rows ------------------------------------------------------------------
@@ -165,10 +167,10 @@ def pretrain_words(weights: Weights, seed: int, budget: float, out: Path | str, 
     """
     script = weights.script
     if script in LABELS_ALONE:
-        return [f"tests/claims/{script}.py", "--samples", str(samples_of(weights, scale)), "--image-size",
+        return [f"tests/claims/{script}.py", "--data", weights.data, "--samples", str(samples_of(weights, scale)), "--image-size",
                 str(scale.side), "--seed", str(seed), "--out", str(out), "--cache", str(cache)]
     n, epochs = samples_of(weights, scale), epochs_of(weights, budget, scale)
-    given = [script + ".py", "--data", "synthetic", "--samples", str(n), "--epochs", str(epochs),
+    given = [script + ".py", "--data", weights.data, "--samples", str(n), "--epochs", str(epochs),
              "--image-size", str(scale.side), "--seed", str(seed), "--out", str(out), "--cache",
              str(cache), "--device", scale.device, "--backbone",
              backbone_of(script, scale), *PLAIN, *RECIPE[script]]

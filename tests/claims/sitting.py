@@ -187,10 +187,11 @@ def machine() -> str:
 
 
 def slug(weights: Weights, rate: float) -> str:
-    """The name of a pre-training's folder: its script and words."""
+    """The name of a pre-training's folder: its script, words and data."""
     words = [word.removeprefix("--") for word in weights.words]
     share = [f"share{weights.share:g}"] if weights.share != 1 else []
-    return "-".join([weights.script, *words, *share, *([f"lr{rate:g}"] if rate else [])])
+    data = [weights.data.replace(":", "-")] if weights.data != "synthetic" else []
+    return "-".join([weights.script, *words, *share, *data, *([f"lr{rate:g}"] if rate else [])])
 
 
 @contextlib.contextmanager
