@@ -153,6 +153,14 @@ def test_a_rate_is_chosen_at_the_plans_budget_and_share_alone(tmp_path):
     assert sitting.lines(TI_NET, tmp_path) == told[:1]
 
 
+def test_a_rate_is_chosen_on_the_pictures_of_the_claim():
+    for name, data in (("hamuco", "synthetic"), ("hamuco-calm", "synthetic:calm")):
+        rows = [*CLAIMS[name].rows, *calibration(CLAIMS[name]).rows]
+        assert {row.weights.data for row in rows} == {data}
+    a, b = (sitting.slug(CLAIMS[name].rows[0].weights, 1e-3) for name in ("hamuco", "hamuco-calm"))
+    assert (a, b) == ("hamuco-lr0.001", "hamuco-synthetic-calm-lr0.001")
+
+
 def test_scratch_above_the_mean_pose_stops_a_claim(tmp_path):
     with pytest.raises(sitting.Failed, match="double SHARE"):
         sitting.rate_of(TI_NET, calibrated(tmp_path, [120, 110, 130]))
