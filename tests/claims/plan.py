@@ -15,7 +15,7 @@ class Scale:
 
     unit: int = UNIT                   # pictures of budget 1
     pictures: int = 16_384             # unlabelled set, of which the labels are a share
-    tuned: int = 81_920                # pictures that a fine-tuning sees `times` times, whatever the share
+    tuned: int = 81_920                # pictures that a fine-tuning sees, whatever the share; Tuning.times
     side: int = 64                     # of the network's input, px
     probed: int = 8_192                # hands that the ridge probe is fitted to
     device: str = "cpu"                # where networks are trained
@@ -40,7 +40,7 @@ class Tuning:
     name: str
     share: float                       # of the labels
     words: tuple[str, ...] = ()
-    times: int = 1                     # Scale.tuned pictures
+    times: int = 1                     # as long as Scale.tuned says
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ HANDMIM = Claim(
 
 SINGLE, FUSION, ALONE = "single_n_mpjpe_mm", "fusion_n_mpjpe_mm", "single_view_n_mpjpe_mm"
 LEARNT = "dlt_learnt_pa_mpjpe_mm"
-PARTS = (
+HAMUCO_COMPARED = (
     Comparison("the whole beats single views", ("full", SINGLE), ("single-view", ALONE),
                "46.6 % PA (Tab. 2, ResNet-50)", 2),
     Comparison("DCVI helps single views", ("full", SINGLE), ("no-dcvi", SINGLE),
@@ -157,7 +157,7 @@ HAMUCO = Claim(
     "hamuco", "HaMuCo (Tab. 4 and 3, Fig. 3 b and 4)", "hamuco",
     (*hamuco_rows("synthetic"),
      Row("2-views", hamuco("--views", "2")), Row("8-views", hamuco("--views", "8"))),
-    (*PARTS,
+    (*HAMUCO_COMPARED,
      Comparison("4 views teach more than 2", ("full", SINGLE), ("2-views", SINGLE),
                 "yes (Fig. 3 b)", 2),
      Comparison("8 views teach more than 4", ("8-views", SINGLE), ("full", SINGLE),
@@ -165,7 +165,7 @@ HAMUCO = Claim(
     budgets=HALF, minutes=1)
 HAMUCO_CALM = Claim(
     "hamuco-calm", "HaMuCo on palms that face the first camera (Tab. 4 and 3, Fig. 4)", "hamuco",
-    hamuco_rows("synthetic:calm"), PARTS, budgets=HALF, minutes=1, chooser="hamuco-calm")
+    hamuco_rows("synthetic:calm"), HAMUCO_COMPARED, budgets=HALF, minutes=1, chooser="hamuco-calm")
 
 CORE = (PECLR, TI_NET, HAMUCO, HAMUCO_CALM, HANDMIM, PECLR_LABELS, PECLR_TENTH)
 
@@ -228,15 +228,15 @@ FURTHER = (FROZEN_BLOCKS, UNLABELLED, DOMAINS, CALIBRATION, ROUNDS, DATA_SHARE, 
 
 # ---- Calibration: the fine-tuning's rate on `scratch` alone, on a seed that no claim uses --------
 
-CALIBRATE = tuple(
-    Claim(f"calibrate-{script}", f"the fine-tuning's rate of {script}, on scratch alone", script,
-          tuple(Row(f"scratch-{rate:g}-of-{SHARE:g}" + "-twice" * (tuning.times == 2), rate=rate) for rate in GRID[script]), (),
-          tunings=(tuning,), first_seed=100, minutes=minutes)
-    for script, tuning, minutes in (("peclr", SMALL, 5), ("ti_net", LONG, 10), ("handmim", SMALL, 11))) + (
+CALIBRATE = (
+    *(Claim(f"calibrate-{script}", f"the fine-tuning's rate of {script}, on scratch alone", script,
+            tuple(Row(f"scratch-{rate:g}-of-{SHARE:g}" + "-twice" * (tuning.times == 2), rate=rate)
+                  for rate in GRID[script]), (), tunings=(tuning,), first_seed=100, minutes=minutes)
+      for script, tuning, minutes in (("peclr", SMALL, 5), ("ti_net", LONG, 10), ("handmim", SMALL, 11))),
     *(Claim(f"calibrate-{name}", f"the rate of {name}, on single views alone", "hamuco",
             tuple(Row(f"single-view-{rate:g}", hamuco("--variant", "single-view", data=data), rate=rate)
                   for rate in GRID["hamuco"]), (), budgets=HALF, first_seed=100, minutes=1)
-      for name, data in (("hamuco", "synthetic"), ("hamuco-calm", "synthetic:calm"))),)
+      for name, data in (("hamuco", "synthetic"), ("hamuco-calm", "synthetic:calm"))))
 
 
 def calibration(claim: Claim) -> Claim | None:

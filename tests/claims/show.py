@@ -10,9 +10,9 @@ from claims.verdict import Verdict, line_of, verdicts
 
 import numpy as np
 
-CAPTION = """Synthetic hands at 64 px, freely turned but where a title says otherwise. Budget 1 is 131,072 pictures through the network. A gain is what the first of two rows
-has less of error than the second, in percent: mean and deviation over seeds, 95 % intervals over seeds and over test hands. The plan, made
-before the first result, says what counts as shown: `tests/claims/PLAN.md`."""
+CAPTION = """Synthetic hands at 64 px, freely turned but where a title says otherwise. Budget 1 is 131,072 pictures through the network. A
+gain is what the first of two rows has less of error than the second, in percent: mean and deviation over seeds, 95 % intervals over seeds
+and over test hands. The plan, made before the first result, says what counts as shown: `tests/claims/PLAN.md`."""
 BEGIN, END = "<!-- claims -->", "<!-- /claims -->"
 
 
