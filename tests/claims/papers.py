@@ -1,8 +1,9 @@
 """Every table and figure of the four papers: the command that makes each row at full scale, or why none does.
 
-DIR, DIR1, ... are data sets' own folders, FILE a backbone.pt that the line before wrote, RUN a run's folder. Lines of a row run one
-after the other. Tables and figures are those of the papers' main text; their supplements are not at hand. 100DOH and Ego4D are
-read as `folder`, with their boxes in labels.jsonl; other methods' rows have no command.
+DIR, DIR1, ... are data sets' own folders, FILE a backbone.pt that the line before wrote, RUN a run's folder. Lines of a row run one after
+the other. Tables and figures are those of the papers' main text; their supplements are not at hand. The million pictures that Table 2 of
+TI-Net names of 100DOH and of Ego4D are cut from videos and read as `folder`, with their boxes in labels.jsonl (`100doh=DIR` reads the
+100,000 frames that 100DOH annotates); other methods' rows have no command.
 """
 from __future__ import annotations
 
@@ -110,7 +111,8 @@ PECLR = (
         *(row(f"FreiHAND and YouTube3DHands, {share}", BOTH, tuned(share)) for share in ("0.2", "0.4", "1")),
         row("the curves", "eval.py RUN1 RUN2 RUN3 --curve label_fraction --metric pa_mpjpe_mm"))),
     Entry("PeCLR", "Table 2", "PA-EPE and PA-AUC on FreiHAND's server", (
-        row("RN50", tuned().replace("--init FILE ", "") + " --backbone resnet50", "eval.py RUN --data freihand:centre=DIR1 --two-pass --submit"),
+        row("RN50", tuned().replace("--init FILE ", "") + " --backbone resnet50",
+            "eval.py RUN --data freihand:centre=DIR1 --two-pass --submit"),
         row("RN50 + PeCLR", BOTH + " --backbone resnet50", tuned() + " --backbone resnet50",
             "eval.py RUN --data freihand:centre=DIR1 --two-pass --submit"),
         row("RN152", tuned().replace("--init FILE ", ""), "eval.py RUN --data freihand:centre=DIR1 --two-pass --submit"),

@@ -276,7 +276,8 @@ def sit(claims: list[Claim], seeds: int = SEEDS, budget: float | None = None,
         place: Place | None = None, until: float = math.inf) -> int:
     """Run what is not done, until a moment of time.monotonic; how many rows failed.
 
-    The rates that rows need are chosen first, by the rows of `calibrate-SCRIPT`. Rows that another sitting works on at the same time, or whose weights it makes, wait for later.
+    The rates that rows need are chosen first, by the rows of `calibrate-SCRIPT`. Rows that another sitting works on at the same time,
+    or whose weights it makes, wait for later.
     """
     place = place or Place()
     failed: set[Task] = set()
