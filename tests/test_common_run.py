@@ -409,13 +409,15 @@ def test_micro_batches_must_be_shared_evenly(monkeypatch):
 
 def test_a_kill_at_a_random_moment_changes_no_bit_of_any_script_s_run():
     """One SIGKILL each, at moments drawn afresh in each test run; tests/endurance.py has the other stages, and more kills."""
-    stages = ("ti_net:pretrain", "peclr:finetune", "handmim:pretrain", "hamuco:train")
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "endurance.py"), *stages, "--kills", "1", "--seed",
-                           str(random.randrange(10 ** 6))], capture_output=True, text=True, timeout=600)
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert [line.split(": 1 kills, 1 resumes")[0] for line in lines] == list(stages)
-    assert all("files equal" in line for line in lines)
+    halves = ("ti_net:pretrain", "peclr:finetune"), ("handmim:pretrain", "hamuco:train")      # at once: they take one thread each
+    command = (sys.executable, str(ROOT / "tests" / "endurance.py"), "--kills", "1", "--seed", str(random.randrange(10 ** 6)))
+    runs = [subprocess.Popen([*command, *stages], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for stages in halves]
+    texts = [run.communicate(timeout=600) for run in runs]
+    for stages, run, (printed, errors) in zip(halves, runs, texts):
+        lines = printed.splitlines()
+        assert run.returncode == 0, printed + errors[-3000:]
+        assert [line.split(": 1 kills, 1 resumes")[0] for line in lines] == list(stages)
+        assert all("files equal" in line for line in lines)
 
 
 def test_pretrain_then_finetune_then_eval(here, capsys):
