@@ -11,9 +11,6 @@
 """
 import argparse
 import math
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +27,7 @@ from sources.synthetic import Synthetic
 from claims import papers, show
 from claims.plan import SEEDS, Claim, Scale
 from claims.rows import CALIBRATE, CLAIMS, CORE, FURTHER
-from claims.sitting import Place, sit
+from claims.sitting import Place, all_of, begun, sit, stop_at_a_signal
 
 import torch
 from PIL import Image
@@ -103,17 +100,10 @@ def claim(words: list[str]) -> int:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     claims = chosen(args.names)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)          # as Ctrl-C: what runs saves first
+    stop_at_a_signal()
     if args.jobs > 1 and args.hours > 0:
-        command = [sys.executable, __file__, "claim", *words, "--jobs", "1", "--worker"]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        others = [subprocess.Popen(command, env=env) for _ in range(args.jobs)]
-        try:
-            failed = max(process.wait() for process in others)
-        except KeyboardInterrupt:
-            for process in others:
-                process.terminate()
-            raise
+        command = [__file__, "claim", *words, "--jobs", "1", "--worker"]
+        failed = sum(code != 0 for code in all_of([begun(command) for _ in range(args.jobs)]))
     else:
         torch.set_num_threads(1)
         place = Place(scale=Scale(device=args.device))
@@ -132,7 +122,7 @@ def main() -> None:
         try:
             sys.exit(claim(sys.argv[2:]))
         except KeyboardInterrupt:
-            sys.exit("stopped; the same command goes on")
+            sys.exit(130 if "--worker" in sys.argv else "stopped; the same command goes on")
     if sys.argv[1:] == ["readme"]:
         return show.write_readme()
     if sys.argv[1:] == ["tables"]:

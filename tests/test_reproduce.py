@@ -1,9 +1,13 @@
 """tests/reproduce.py: every planned command is accepted, a tiny claim runs, verdicts, README agrees."""
 import json
 import math
+import os
 import shlex
+import shutil
 import signal
 import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -225,6 +229,57 @@ def test_a_script_that_fails_is_quoted_and_one_that_is_interrupted_is_stopped(tm
     with pytest.raises(KeyboardInterrupt):
         sitting.in_a_process(["-c", "import time; time.sleep(60)"], tmp_path / "log")
     assert children[0].returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+def test_of_two_signals_the_first_counts(number):
+    code = ("import os, time\nfrom claims.sitting import stop_at_a_signal\nstop_at_a_signal()\n"
+            f"for _ in range(2):\n    try:\n        os.kill(os.getpid(), {int(number)}); time.sleep(0.2); print('on')\n"
+            "    except KeyboardInterrupt:\n        print('stopped')\n")
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True)
+    assert said.stdout.split() == ["stopped", "on"], said.stderr
+
+
+# Stands in for peclr.py: says which signals it got while it "saved"; a module for whoever imports it.
+PATIENT = """import sys
+if __name__ == "__main__":
+    import pathlib, signal, time
+    seen = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: seen.append(number))
+    out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+    out.mkdir(parents=True)
+    while not seen and time.sleep(0.1) is None:
+        pass
+    time.sleep(3)
+    (out / "last.pt").write_text(" ".join(str(int(number)) for number in seen))
+    sys.exit(1)
+exec(compile(open(REAL).read(), REAL, "exec"))
+"""
+
+
+def test_ctrl_c_stops_every_process_of_a_claim_once_and_they_save(tmp_path):
+    project = tmp_path / "project"
+    project.mkdir()
+    names = [path for path in ROOT.iterdir() if path.suffix == ".py" or path.name in ("hand", "sources", "tests")]
+    for path in names:
+        if path.is_dir():
+            shutil.copytree(path, project / path.name, ignore=shutil.ignore_patterns("*.jsonl", "__pycache__", "*.jpg"))
+        else:
+            shutil.copy(path, project)
+    (project / "peclr.py").write_text(PATIENT.replace("REAL", repr(str(ROOT / "peclr.py"))))
+    command = [sys.executable, "tests/reproduce.py", "claim", "calibrate-peclr", "--jobs", "2"]
+    parent = subprocess.Popen(command, cwd=project, text=True, start_new_session=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT)
+    runs = project / "runs/claims"
+    until = time.monotonic() + 90
+    while len(list(runs.glob("*/small"))) < 2 and time.monotonic() < until and parent.poll() is None:
+        time.sleep(0.1)
+    os.killpg(parent.pid, signal.SIGINT)               # as a terminal does: all that are of its group
+    said, _ = parent.communicate(timeout=60)
+    assert [file.read_text() for file in runs.glob("*/small/last.pt")] == ["15", "15"], said
+    assert said.splitlines()[-1] == "stopped; the same command goes on" and said.count("stopped") == 1
+    assert "Traceback" not in said and "ignored" not in said and "ended with" not in said
 
 
 def test_a_lock_that_another_holds_is_not_taken(tmp_path):

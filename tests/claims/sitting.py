@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -113,19 +114,45 @@ def rate_of(claim: Claim, results: Path) -> float:
 # ---- Commands ------------------------------------------------------------------------------------
 
 
+def stop_at_a_signal() -> None:
+    """From now on the first signal raises KeyboardInterrupt, and what runs saves; later ones do nothing."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]            # nohup's
+
+    def on_signal(*_: object) -> None:
+        for number in numbers:
+            signal.signal(number, lambda *_: None)
+        raise KeyboardInterrupt
+
+    for number in numbers:
+        signal.signal(number, on_signal)
+
+
+def begun(words: list[str], **more: object) -> subprocess.Popen:
+    """A Python of one thread, out of the terminal's reach: it gets a signal from `all_of` alone, and once."""
+    return subprocess.Popen([sys.executable, *words], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            start_new_session=True, **more)
+
+
+def all_of(processes: list[subprocess.Popen]) -> list[int]:
+    """Their exit codes. Where this process is stopped it stops them, waits while they save, and ends."""
+    try:
+        return [process.wait() for process in processes]
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+        raise
+
+
 def in_a_process(words: list[str], log: Path) -> None:
     """Run a script with one thread and its words; what it says goes to `log`. Failed where it does.
 
     It is stopped, and saves, where this process is stopped.
     """
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    with open(log, "ab") as file, subprocess.Popen(
-            [sys.executable, *words], cwd=ROOT, env=env, stdout=file, stderr=file) as child:
-        try:
-            code = child.wait()
-        except BaseException:
-            child.terminate()
-            raise
+    with open(log, "ab") as file:
+        code, = all_of([begun(words, cwd=ROOT, stdout=file, stderr=file)])
     if code:
         said = log.read_text(errors="replace").replace("\r", "\n").splitlines()
         raise Failed(f"{' '.join(words)}\n  ended with {code}; its last words, of {log}:\n  "
