@@ -152,7 +152,7 @@ def test_a_rate_is_chosen_at_the_plans_budget_and_share_alone(tmp_path):
     assert sitting.rate_of(CLAIMS["hamuco"], tmp_path) == 1e-3
     todo = sitting.tasks([CLAIMS["hamuco"]], 1, 2.0)
     assert {t.budget for t in todo if t.row.name == "full"} == {2.0}
-    told = [{"row": "scratch", "commands": {"small": f"python ti_net.py --label-fraction {x} --epochs 5"}} for x in ("0.25", "0.5")]
+    told = [{"row": "scratch", "seed": 0, "budget": 0, "commands": {"small": f"python ti_net.py --label-fraction {x} --epochs 5"}} for x in ("0.25", "0.5")]
     (tmp_path / "ti_net.jsonl").write_text("".join(json.dumps(one) + "\n" for one in told))
     assert sitting.lines(TI_NET, tmp_path) == told[:1]
 
@@ -333,6 +333,7 @@ def test_a_tiny_claim_runs_goes_on_and_ends_in_a_table(here, monkeypatch):
         assert np.mean(line["groups"]["small_mpjpe_mm"]) == pytest.approx(line["scores"]["small_mpjpe_mm"], abs=0.01)
         assert set(line["commands"]) == {"small"} | ({"weights"} if line["row"] == "simclr" else set())
     assert [line["pictures"] for line in found] == [0, 32]
+    assert [sorted(line["monitors"]) for line in found] == [[], ["loss", "nearest", "negative", "positive"]]
     assert found[0]["scores"]["class_mpjpe_mm"] != found[1]["scores"]["class_mpjpe_mm"]
     assert not list((here / "runs").rglob("last.pt")) and not list((here / "runs").rglob("best.pt"))
     assert sitting.sit([TOY], seeds=1, place=place) == 0 and len(calls) == 3          # nothing left to do
@@ -407,6 +408,27 @@ def test_scores_keep_means_of_neighbouring_hands():
     scores = measure.Scores({}, {})
     scores.add("x", torch.arange(400.0))
     assert scores.means["x"] == 199.5 and scores.groups["x"][:2] == [1.5, 5.5] and len(scores.groups["x"]) == 100
+
+
+def test_monitors_are_means_over_the_last_quarter_of_the_logged_steps(tmp_path):
+    (tmp_path / "pretrain-x").mkdir()
+    log = [{"command": "x.py"}] + [{"step": n, "epoch": 0, "lr": 1.0, "L_c": float(n), "entropy": 2.0} for n in (1, 30, 75, 80, 100)]
+    (tmp_path / "pretrain-x" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*log, {"epoch": 1}]))
+    assert measure.monitored(tmp_path) == {"L_c": 90.0, "entropy": 2.0}
+    assert measure.monitored(tmp_path / "pretrain-x") == {}
+
+
+def test_of_two_lines_the_later_counts_and_once(tmp_path):
+    row = {"budget": 1.5, "machine": "M", "date": "2026-01-01", "precision": [], "seconds": {"weights": 10}}
+    told = [row | {"row": "ti_net", "seed": seed, "scores": {"small_mpjpe_mm": x}} for seed, x in ((0, 80.0), (1, 90.0), (0, 84.0))]
+    told[1]["monitors"], told[2]["monitors"] = {"residual": 0.5, "L_ord": 1}, {"residual": 0.75}
+    (tmp_path / "ti_net.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    text = show.table(TI_NET, tmp_path)
+    titles, _, cells = [line.split(" | ") for line in text.splitlines() if line.startswith(("| row", "|---", "| ti_net |"))][-3:]
+    of = dict(zip([title.strip("| ") for title in titles], [cell.strip("| ") for cell in cells]))
+    assert of["small mpjpe mm"] == "87.0 ± 4.2" and of["seeds"] == "2"
+    assert (of["residual"], of["L_ord"], of["turn change"]) == ("0.62 ± 0.18", "1.00", "-")
+    assert "2 rows and seeds, 20 s," in text
 
 
 def test_a_metric_of_every_sample_is_its_mean_over_views():

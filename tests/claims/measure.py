@@ -180,6 +180,15 @@ def tuned(folder: Path, name: str, tests: tuple[str, ...], split: str) -> Scores
     return out
 
 
+def monitored(folder: Path) -> dict[str, float]:
+    """What a pre-training's log says of its last quarter, in the mean over the steps that it logged; {} without one."""
+    logs = [[json.loads(line) for line in file.read_text().splitlines()] for file in folder.glob("pretrain-*/log.jsonl")]
+    steps = [line for log in logs for line in log if "step" in line]
+    late = [line for line in steps if line["step"] > 0.75 * steps[-1]["step"]]
+    return {name: round(sum(line[name] for line in late) / len(late), 4)
+            for name in (late[-1] if late else {}) if name not in ("step", "epoch", "lr")}
+
+
 def collaborated(folder: Path, split: str) -> Scores:
     """HaMuCo's outputs, its labels and their triangulation, or what a baseline without pictures makes of labels."""
     alone = next((name for name in LABELS_ALONE if (folder / f"{name}.pt").is_file()), None)

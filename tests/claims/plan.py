@@ -81,6 +81,7 @@ class Claim:
     first_seed: int = 0
     minutes: float = 0                 # of a core, a row and seed beyond its pre-training
     chooser: str = ""                  # of its rate: calibrate-CHOOSER; empty: calibrate-SCRIPT
+    monitors: tuple[str, ...] = ()     # of pre-training, shown beside the scores
 
 
 # ---- The one recipe of all rows ------------------------------------------------------------------

@@ -7,6 +7,7 @@ from claims.plan import GRID, SHARE, Claim, Comparison, Row, Tuning, Weights
 
 SMALL, ALL = Tuning("small", SHARE), Tuning("all", 1.0)
 LONG = Tuning("small", SHARE, times=2)                 # TI-Net's head; PLAN.md, Changes
+LENGTH = {1: "", 2: "-twice"}                          # in a calibration's names
 OURS = ("--augment", "scale", "rotation", "translation", "colour-jitter")      # PeCLR's best
 
 
@@ -107,7 +108,8 @@ TI_NET = Claim(
      Comparison("the same, frozen", ("ti_net", PROBE), ("reconstruction", PROBE), "not given", 1),
      Comparison("operators that can turn help", ("ti_net-modulated", SMALL_MM),
                 ("ti_net", SMALL_MM), "ours (ti_net.py, 15)", 2)),
-    probe=True, tunings=(LONG,), budgets=(1.5,), minutes=11)
+    probe=True, tunings=(LONG,), budgets=(1.5,), minutes=11,
+    monitors=("L_ord", "L_sec", "turn_change", "residual"))
 
 CLASS, PATCH = "class_mpjpe_mm", "patch_mpjpe_mm"
 HALF = (0.5,)                          # of the claims whose pictures cost most; PLAN.md, Changes
@@ -125,7 +127,7 @@ HANDMIM = Claim(
      *(Comparison(f"L_{loss} helps", ("handmim", SMALL_MM), (f"handmim-no-{loss}", SMALL_MM),
                   f"{gain} % PA-JPE (Tab. 5)", 2)
        for loss, gain in (("pose", 4.4), ("patch", 4.1), ("recon", 2.5)))),
-    probe=True, tunings=(SMALL,), budgets=HALF, minutes=11)
+    probe=True, tunings=(SMALL,), budgets=HALF, minutes=11, monitors=("L_pose", "entropy", "entropy_mean", "agreement"))
 
 SINGLE, FUSION, ALONE = "single_n_mpjpe_mm", "fusion_n_mpjpe_mm", "single_view_n_mpjpe_mm"
 LEARNT = "dlt_learnt_pa_mpjpe_mm"
@@ -156,13 +158,13 @@ HAMUCO_COMPARED = (
 HAMUCO = Claim(
     "hamuco", "HaMuCo (Tab. 4 and 3, Fig. 3 b and 4)", "hamuco",
     (*hamuco_rows("synthetic"),
-     Row("2-views", hamuco("--views", "2")), Row("8-views", hamuco("--views", "8"))),
+     Row("2-views", hamuco("--views", "2"), budgets=HALF), Row("8-views", hamuco("--views", "8"))),
     (*HAMUCO_COMPARED,
      Comparison("4 views teach more than 2", ("full", SINGLE), ("2-views", SINGLE),
                 "yes (Fig. 3 b)", 2),
      Comparison("8 views teach more than 4", ("8-views", SINGLE), ("full", SINGLE),
                 "yes (Fig. 3 b)", 2)),
-    budgets=HALF, minutes=1)
+    budgets=(*HALF, 2), minutes=1)
 HAMUCO_CALM = Claim(
     "hamuco-calm", "HaMuCo on palms that face the first camera (Tab. 4 and 3, Fig. 4)", "hamuco",
     hamuco_rows("synthetic:calm"), HAMUCO_COMPARED, budgets=HALF, minutes=1, chooser="hamuco-calm")
@@ -230,7 +232,7 @@ FURTHER = (FROZEN_BLOCKS, UNLABELLED, DOMAINS, CALIBRATION, ROUNDS, DATA_SHARE, 
 
 CALIBRATE = (
     *(Claim(f"calibrate-{script}", f"the fine-tuning's rate of {script}, on scratch alone", script,
-            tuple(Row(f"scratch-{rate:g}-of-{SHARE:g}" + "-twice" * (tuning.times == 2), rate=rate)
+            tuple(Row(f"scratch-{rate:g}-of-{SHARE:g}{LENGTH[tuning.times]}", rate=rate)
                   for rate in GRID[script]), (), tunings=(tuning,), first_seed=100, minutes=minutes)
       for script, tuning, minutes in (("peclr", SMALL, 5), ("ti_net", LONG, 10), ("handmim", SMALL, 11))),
     *(Claim(f"calibrate-{name}", f"the rate of {name}, on single views alone", "hamuco",

@@ -86,27 +86,29 @@ def provenance(found: list[dict]) -> str:
 
 
 def rows_table(claim: Claim, found: list[dict]) -> str:
-    """Every row's scores, mean and deviation over seeds, in the measures that are compared."""
+    """Every row's scores, mean and deviation over seeds, in the measures that are compared, and its monitors."""
     names = list(dict.fromkeys(name for c in claim.compared for _, name in (c.better, c.than)))
     names += [name for name in dict.fromkeys(name for line in found for name in line["scores"])
               if name.endswith(("_dimensions", "_mean_pose_mpjpe_mm")) or not claim.compared]
-    out = [f"| row | budget | seeds | {' | '.join(name.replace('_', ' ') for name in names)} |",
-           "|---|---:|---:|" + "---:|" * len(names)]
+    titles = [name if name.startswith("L_") else name.replace("_", " ") for name in (*names, *claim.monitors)]
+    out = [f"| row | budget | seeds | {' | '.join(titles)} |", "|---|---:|---:|" + "---:|" * len(titles)]
     for row in claim.rows:
         for b in sorted({line["budget"] for line in found if line["row"] == row.name}):
             mine = [line_of(found, row, seed, b) for seed in sorted({x["seed"] for x in found})]
-            mine = [line["scores"] for line in mine if line]
-            cells = [over_seeds([x[name] for x in mine if name in x]) for name in names]
+            mine = [line for line in mine if line]
+            cells = [over_seeds([line["scores"][name] for line in mine if name in line["scores"]]) for name in names]
+            cells += [over_seeds([line["monitors"][name] for line in mine if name in line.get("monitors", {})], 2)
+                      for name in claim.monitors]
             out.append(f"| {row.name} | {f'{b:g}' if b else '-'} | {len(mine)} | {' | '.join(cells)} |")
     return "\n".join(out)
 
 
-def over_seeds(values: list[float]) -> str:
+def over_seeds(values: list[float], digits: int = 1) -> str:
     """Mean and standard deviation."""
     if not values:
         return "-"
-    deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{deviation}"
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"
 
 
 # ---- README --------------------------------------------------------------------------------------

@@ -58,12 +58,12 @@ class Place:
 
 
 def lines(claim: Claim, results: Path = RESULTS) -> list[dict]:
-    """The results of a claim that are there, in the order in which they were made."""
+    """The results of a claim that are there, in the order in which they were made; of two the later counts."""
     file = results / f"{claim.name}.jsonl"
     if not file.is_file():
         return []
     found = [json.loads(line) for line in file.read_text().splitlines() if line]
-    return [line for line in found if _as_planned(claim, line)]
+    return list({(line["row"], line["seed"], line["budget"]): line for line in found if _as_planned(claim, line)}.values())
 
 
 def _as_planned(claim: Claim, line: dict) -> bool:
@@ -292,6 +292,7 @@ def run(task: Task, place: Place) -> None:
             "seconds": seconds | {"scoring": round(time.monotonic() - began)},
             "commands": {name: x["command"] for name, x in stages.items()},
             "scores": {name: x for part in parts for name, x in part.means.items()},
+            "monitors": measure.monitored(made) if made else {},
             "groups": groups}
     place.results.mkdir(parents=True, exist_ok=True)
     with open(place.results / f"{claim.name}.jsonl", "a") as file:

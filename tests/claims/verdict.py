@@ -31,9 +31,9 @@ class Verdict:
 
 
 def line_of(found: list[dict], row: Row, seed: int, budget: float) -> dict | None:
-    """The last line of a row and seed; a row without pre-training has one for all budgets."""
+    """The line of a row and seed; a row without pre-training has one for all budgets."""
     budget = 0 if without_pictures(row) else budget
-    return next((line for line in reversed(found) if (line["row"], line["seed"], line["budget"])
+    return next((line for line in found if (line["row"], line["seed"], line["budget"])
                  == (row.name, seed, budget)), None)
 
 
