@@ -119,6 +119,12 @@ def test_angles_fill_the_circle_in_radians():
     assert torch.allclose(angles.mean(0), torch.full((4,), math.pi), atol=0.12)
 
 
+def test_small_angles_are_within_30_degrees_to_both_sides():
+    angles = ti_net.draw_angles(torch.arange(4000), Config(variant=("small-angles",)), 0) * 180 / math.pi
+    assert -30 <= angles.min() < -29.9 and 29.9 < angles.max() <= 30
+    assert torch.allclose(angles.mean(0), torch.zeros(4), atol=1.5) and torch.allclose(angles.std(0), torch.full((4,), 17.3), atol=0.5)
+
+
 def test_views_turn_as_the_angles_say():
     """A picture with a bright dot right of the centre: R_a moves it counter-clockwise by a."""
     cfg = Config(**TINY)

@@ -21,9 +21,9 @@ def only(name: str) -> tuple[str, ...]:
     return ("--augment", name)
 
 
-def ti_net(*variant: str) -> Weights:
+def ti_net(*variant: str, words: tuple[str, ...] = ()) -> Weights:
     """TI-Net's pre-training with some variants."""
-    return Weights("ti_net", ("--variant", *variant) if variant else ())
+    return Weights("ti_net", (*words, *(("--variant", *variant) if variant else ())))
 
 
 def handmim(*variant: str, objective: str = "handmim") -> Weights:
@@ -90,9 +90,11 @@ PECLR_TENTH = Claim(
                 "not given", 2)),
     tunings=(Tuning("tenth", 0.1),), minutes=5)
 
+NO_CONSTRAINTS = ("no-ordinary", "no-secondary", "no-identity")         # reconstruction alone
+TI_NET_MONITORS = ("L_ord", "L_sec", "turn_change", "residual")
 TI_NET = Claim(
     "ti_net", "TI-Net (Tab. 2, Fig. 5)", "ti_net",
-    (Row("scratch"), Row("reconstruction", ti_net("no-ordinary", "no-secondary", "no-identity")),
+    (Row("scratch"), Row("reconstruction", ti_net(*NO_CONSTRAINTS)),
      Row("simclr", simclr()), Row("peclr", PECLR_WEIGHTS), Row("ti_net", ti_net()),
      Row("ti_net-modulated", ti_net("modulated"))),
     (Comparison("TI-Net beats PeCLR", ("ti_net", SMALL_MM), ("peclr", SMALL_MM),
@@ -109,7 +111,7 @@ TI_NET = Claim(
      Comparison("operators that can turn help", ("ti_net-modulated", SMALL_MM),
                 ("ti_net", SMALL_MM), "ours (ti_net.py, 15)", 2)),
     probe=True, tunings=(LONG,), budgets=(1.5,), minutes=11,
-    monitors=("L_ord", "L_sec", "turn_change", "residual"))
+    monitors=TI_NET_MONITORS)
 
 CLASS, PATCH = "class_mpjpe_mm", "patch_mpjpe_mm"
 HALF = (0.5,)                          # of the claims whose pictures cost most; PLAN.md, Changes
@@ -173,6 +175,20 @@ CORE = (PECLR, TI_NET, HAMUCO, HAMUCO_CALM, HANDMIM, PECLR_LABELS, PECLR_TENTH)
 
 # ---- Further claims, in the order in which time goes to them -------------------------------------
 
+STRONG = ("--w", "0.1")                                # a hundred times the paper's
+TI_NET_WHY = Claim(
+    "ti_net-why", "TI-Net, what stands in the way of its constraints: weight, operators, angles (frozen)", "ti_net",
+    (Row("reconstruction", ti_net(*NO_CONSTRAINTS)), Row("ti_net", ti_net()), Row("modulated", ti_net("modulated")),
+     Row("strong", ti_net(words=STRONG)), Row("strong-modulated", ti_net("modulated", words=STRONG)),
+     Row("reconstruction-small-angles", ti_net(*NO_CONSTRAINTS, "small-angles")), Row("small-angles", ti_net("small-angles")),
+     Row("strong-small-angles", ti_net("small-angles", words=STRONG))),
+    (Comparison("w = 0.1 helps beside reconstruction", ("strong", PROBE), ("reconstruction", PROBE), "not given", 1),
+     Comparison("so it does with operators that can turn", ("strong-modulated", PROBE), ("reconstruction", PROBE), "not given", 1),
+     Comparison("operators that can turn help at w = 0.001", ("modulated", PROBE), ("reconstruction", PROBE), "not given", 1),
+     Comparison("within 30 degrees the constraints help", ("small-angles", PROBE), ("reconstruction-small-angles", PROBE),
+                "not given", 1),
+     Comparison("the same at w = 0.1", ("strong-small-angles", PROBE), ("reconstruction-small-angles", PROBE), "not given", 1)),
+    probe=True, budgets=(1.5,), minutes=1, monitors=TI_NET_MONITORS)
 FROZEN_BLOCKS = Claim(
     "frozen-blocks", "HandMIM, first blocks frozen (Fig. 7)", "handmim",
     tuple(Row(f"{name}-{n}", weights, ("--freeze-blocks", str(n)))
@@ -226,7 +242,7 @@ SUPERVISION = Claim(
      Comparison("learning together beats single views that learn triangulated labels", ("noisy", SINGLE),
                 ("triangulated", ALONE), "43.7 % (Tab. 1, EpipolarPose)", 2)), budgets=HALF, minutes=1)
 
-FURTHER = (FROZEN_BLOCKS, UNLABELLED, DOMAINS, CALIBRATION, ROUNDS, DATA_SHARE, SUPERVISION)
+FURTHER = (TI_NET_WHY, FROZEN_BLOCKS, UNLABELLED, DOMAINS, CALIBRATION, ROUNDS, DATA_SHARE, SUPERVISION)
 
 # ---- Calibration: the fine-tuning's rate on `scratch` alone, on a seed that no claim uses --------
 

@@ -28,7 +28,8 @@ FAULTS = [("ti_net.py", *fault) for fault in [
     ("    if element not in pictures:\n            pictures.append(element)", "    pictures.append(element)",
      PIECES, "number_of_pictures"),
     # draws: shared where they are new, of another epoch, outside their range
-    ("return 2 * math.pi * uniform(index, 4, cfg.seed", "return 360 * uniform(index, 4, cfg.seed", PIECES, "fill_the_circle"),
+    ("else 2 * math.pi * u\n", "else 360 * u\n", PIECES, "fill_the_circle"),
+    ("return math.pi / 6 * (2 * u - 1) if", "return math.pi / 6 * u if", PIECES, "small_angles_are_within"),
     ('uniform(index, 4, cfg.seed, "ti_net angles", epoch)', 'uniform(index, 4, cfg.seed, "ti_net angles")', STEP, "draws_are_new"),
     ('uniform(index, 4, cfg.seed, "ti_net angles", epoch)',
      'uniform(index, 1, cfg.seed, "ti_net angles", epoch).expand(-1, 4)', STEP, "draws_are_new"),
