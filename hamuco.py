@@ -7,7 +7,7 @@ NMPJPE and 7.05 / 5.35 / 5.34 mm PA-MPJPE of single view, interaction and fusion
 
     python hamuco.py --quick                                  minutes on a CPU, no data
     python hamuco.py --data hanco=DIR --init resnet50.pt      the paper's training; --init: see 18
-    python hamuco.py --data hanco=DIR --backbone resnet18     its ablations, Table 4, with --variant
+    python hamuco.py --data hanco=DIR --backbone resnet18 --init resnet18.pt    Tab. 4: + --variant
 
 The idea: a network that sees one view learns from noisy 2D labels of several synchronised ones. A
 second network lets the views' features talk; its hands, one a view, must agree after the known (or
