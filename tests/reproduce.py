@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import eval as judge
 import hamuco
-from common import n_mpjpe, pa_mpjpe
+from common import UserError, n_mpjpe, pa_mpjpe
 from hand.drawing import draw_skeleton, save_picture, sheet
 from sources.synthetic import Synthetic
 
@@ -123,6 +123,8 @@ def main() -> None:
             sys.exit(claim(sys.argv[2:]))
         except KeyboardInterrupt:
             sys.exit(130 if "--worker" in sys.argv else "stopped; the same command goes on")
+        except UserError as error:
+            sys.exit(f"error: {error}")
     if sys.argv[1:] == ["readme"]:
         return show.write_readme()
     if sys.argv[1:] == ["tables"]:

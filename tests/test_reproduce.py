@@ -1,4 +1,5 @@
 """tests/reproduce.py: every planned command is accepted, a tiny claim runs, verdicts, README agrees."""
+import dataclasses
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from claims.plan import (
     BATCH, ROOT, Claim, Comparison, Row, Scale, Tuning, Weights, budgets_of, epochs_of, momentum,
     pictures_of, pretrain_words, tune_words)
 from claims.rows import CLAIMS, CORE, FURTHER, PECLR, TI_NET, calibration
-from common import pa_mpjpe, parse, settle, share
+from common import UserError, pa_mpjpe, parse, settle, share
 from sources import parse_data
 from sources.protocols import PROTOCOLS
 from sources.synthetic import Synthetic
@@ -152,9 +153,40 @@ def test_a_rate_is_chosen_at_the_plans_budget_and_share_alone(tmp_path):
     assert sitting.rate_of(CLAIMS["hamuco"], tmp_path) == 1e-3
     todo = sitting.tasks([CLAIMS["hamuco"]], 1, 2.0)
     assert {t.budget for t in todo if t.row.name == "full"} == {2.0}
-    told = [{"row": "scratch", "seed": 0, "budget": 0, "commands": {"small": f"python ti_net.py --label-fraction {x} --epochs 5"}} for x in ("0.25", "0.5")]
-    (tmp_path / "ti_net.jsonl").write_text("".join(json.dumps(one) + "\n" for one in told))
-    assert sitting.lines(TI_NET, tmp_path) == told[:1]
+
+
+# As it stood in a line of ti_net.jsonl.
+SCRATCH = ("python ti_net.py --init random --finetune synthetic --samples 16384 --label-fraction 0.25 --epochs 40 --lr 0.0045 --image-size 64 "
+           "--seed 1 --out runs/claims/ti_net-scratch-b0-s1/small --cache cache --row scratch --device cpu --backbone resnet10 --workers 0 "
+           "--save-minutes 2 --batch-size 64 --micro-batch 64")
+
+
+@pytest.mark.parametrize("old, new, counts", [
+    ("--out runs/claims/ti_net-scratch-b0-s1/small --cache cache", "--out elsewhere --cache a", True), ("--device cpu", "--device cuda", True),
+    ("0.25", "0.5", False), ("--epochs 40", "--epochs 20", False), ("0.0045", "0.0015", False), ("--batch-size 64", "--batch-size 32", False),
+    ("--row scratch", "--row peclr", False)])
+def test_lines_of_commands_that_the_plan_no_longer_has_do_not_count(tmp_path, old, new, counts):
+    assert SCRATCH.count(old) == 1
+    line = {"row": "scratch", "seed": 1, "budget": 0, "machine": "M", "date": "2026-01-01", "precision": [], "seconds": {"small": 10},
+            "scores": {"small_mpjpe_mm": 80.0}, "commands": {"small": SCRATCH.replace(old, new)}}
+    (tmp_path / "ti_net.jsonl").write_text(json.dumps(line) + "\n")
+    assert len(sitting.lines(TI_NET, tmp_path)) == (counts or new == "0.0015")          # the rate is not chosen yet
+    calibrated(tmp_path, [90, 85, 80])
+    assert len(sitting.lines(TI_NET, tmp_path)) == counts
+    assert ("1 lines of `tests/claims/ti_net.jsonl`" in show.table(TI_NET, tmp_path)) != counts
+
+
+@pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
+def test_the_lines_that_are_there_are_of_the_plans_commands(claim):
+    found = {(line["row"], line["seed"], line["budget"]) for line in sitting.told(claim)}
+    old = 3 if claim.name == "calibrate-ti_net" else 0                     # of half the length: PLAN.md, Changes
+    assert len(sitting.lines(claim)) == len(found) - old
+
+
+def test_a_line_that_is_cut_off_is_named(tmp_path):
+    (tmp_path / "ti_net.jsonl").write_text('{"row": "scratch", "seed": 0, "budget": 0}\n{"row": "ti_n')
+    with pytest.raises(UserError, match="ti_net.jsonl: line 2 is cut off; delete it"):
+        sitting.lines(TI_NET, tmp_path)
 
 
 def test_a_rate_is_chosen_on_the_pictures_of_the_claim():
@@ -231,13 +263,22 @@ def test_a_script_that_fails_is_quoted_and_one_that_is_interrupted_is_stopped(tm
     assert children[0].returncode == -signal.SIGTERM
 
 
-@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
-def test_of_two_signals_the_first_counts(number):
-    code = ("import os, time\nfrom claims.sitting import stop_at_a_signal\nstop_at_a_signal()\n"
-            f"for _ in range(2):\n    try:\n        os.kill(os.getpid(), {int(number)}); time.sleep(0.2); print('on')\n"
-            "    except KeyboardInterrupt:\n        print('stopped')\n")
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True)
-    assert said.stdout.split() == ["stopped", "on"], said.stderr
+def test_of_two_signals_the_first_counts(monkeypatch):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        for number in numbers:
+            sitting.stop_at_a_signal()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+            for other in numbers:
+                signal.raise_signal(other)                         # what runs is saving
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)               # nohup's
+        sitting.stop_at_a_signal()
+        signal.raise_signal(signal.SIGHUP)
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
 
 
 # Stands in for peclr.py: says which signals it got while it "saved"; a module for whoever imports it.
@@ -291,6 +332,35 @@ def test_a_lock_that_another_holds_is_not_taken(tmp_path):
         assert again
 
 
+def test_a_script_that_outlives_its_worker_keeps_the_lock_of_its_row(tmp_path):
+    place = sitting.Place(runs=tmp_path)
+    with sitting.alone("a", place):
+        child = sitting.begun(["-c", "input()"], stdin=subprocess.PIPE)
+    with sitting.alone("a", place) as mine:
+        assert not mine
+    child.communicate(b"\n")
+    with sitting.alone("a", place) as mine:
+        assert mine
+
+
+def test_what_was_tuned_from_weights_that_are_made_anew_is_not_kept(tmp_path):
+    def execute(words, log):
+        out = tmp_path / "weights" / "peclr-b1-s0" / "pretrain-peclr"
+        out.mkdir(parents=True)
+        (out / "config.json").write_text('{"cfg": {}}')
+
+    place = sitting.Place(tmp_path, tmp_path, tmp_path, execute=execute)
+    row = next(row for row in PECLR.rows if row.name == "peclr")
+    old = [tmp_path / name / "small" for name in ("peclr-labels-peclr-b1-s0", "peclr-labels-peclr-b1-s1", "peclr-labels-simclr-b1-s0")]
+    for folder in old:
+        folder.mkdir(parents=True)
+    sitting.weights_of(sitting.Task(PECLR, row, 0, 1), 1.0, place)
+    assert [folder.is_dir() for folder in old] == [False, True, True]
+    old[0].mkdir(parents=True)
+    sitting.weights_of(sitting.Task(PECLR, row, 0, 1), 1.0, place)                   # they are there now
+    assert old[0].is_dir()
+
+
 # ---- One tiny claim, through the tool ------------------------------------------------------------
 
 TINY = Scale(unit=32, pictures=16, tuned=16, side=32, probed=16, cnn="vit_mini")
@@ -320,8 +390,9 @@ def test_a_tiny_claim_runs_goes_on_and_ends_in_a_table(here, monkeypatch):
         calls.append(words)
         SCRIPTS[words[0]].main(words[1:])
 
-    monkeypatch.setattr(sitting, "rate_of", lambda claim, results: 1e-3)
+    monkeypatch.setattr(sitting, "_chosen", lambda claim, results: (1e-3, {}))
     monkeypatch.setattr(sitting, "calibration", lambda claim: None)
+    monkeypatch.setattr(sitting, "Scale", lambda: TINY)
     place = sitting.Place(here / "results", here / "runs", here / "cache", TINY, execute)
     assert sitting.sit([TOY], seeds=1, place=place) == 0
     found = sitting.lines(TOY, place.results)
@@ -619,6 +690,19 @@ def test_a_gain_of_few_hands_is_not_shown():
         line["groups"]["x"] = [100.0] * 99 + [-800.0]          # one group makes the whole gain
     (v,) = verdict.verdicts(TWO, TWO.compared[0], found)
     assert v.over_hands[0] <= 0 and v.word == "undecided"
+
+
+@pytest.mark.parametrize("name, word, cell", [("x", "not run", "| - | not run |"), ("small_area_mm", "shown", "| - | shown |")])
+def test_without_test_hands_only_an_area_has_a_verdict(tmp_path, name, word, cell):
+    claim = dataclasses.replace(TWO, compared=(Comparison("ours is better", ("ours", name), ("base", name), "10 %", 2),))
+    found = [result("base", k, 100, 0) for k in range(3)] + [result("ours", k, 90 + k) for k in range(3)]
+    for line in found:
+        line["scores"], line["groups"] = {name: line["scores"]["x"]}, {}
+    (v,) = verdict.verdicts(claim, claim.compared[0], found)
+    assert v.word == word and np.isnan(v.over_hands).all() and v.gain == pytest.approx(9)
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+    assert cell in show.table(claim, tmp_path)
+    assert show.draw(claim, tmp_path, tmp_path) == [tmp_path / "two-gains.png"]
 
 
 def test_hands_are_drawn_alike_in_both_rows():

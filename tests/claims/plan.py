@@ -168,8 +168,9 @@ def pretrain_words(weights: Weights, seed: int, budget: float, out: Path | str, 
     """
     script = weights.script
     if script in LABELS_ALONE:
-        return [f"tests/claims/{script}.py", "--data", weights.data, "--samples", str(samples_of(weights, scale)), "--image-size",
-                str(scale.side), "--seed", str(seed), "--out", str(out), "--cache", str(cache)]
+        data = ["--data", weights.data] if weights.data != "synthetic" else []
+        return [f"tests/claims/{script}.py", *data, "--samples", str(samples_of(weights, scale)), "--image-size", str(scale.side),
+                "--seed", str(seed), "--out", str(out), "--cache", str(cache)]
     n, epochs = samples_of(weights, scale), epochs_of(weights, budget, scale)
     given = [script + ".py", "--data", weights.data, "--samples", str(n), "--epochs", str(epochs),
              "--image-size", str(scale.side), "--seed", str(seed), "--out", str(out), "--cache",

@@ -81,7 +81,7 @@ PECLR_LABELS = Claim(
     tunings=(SMALL, ALL), budgets=(1, 4), minutes=9)
 
 PECLR_TENTH = Claim(
-    "peclr-tenth", "PeCLR, tuned with a tenth of the labels (Fig. 6)", "peclr",
+    "peclr-tenth", "PeCLR, tuned with a tenth of the labels (Fig. 6; asked after a result)", "peclr",
     (Row("scratch"), Row("simclr", simclr()), Row("peclr", PECLR_WEIGHTS)),
     (Comparison("PeCLR beats scratch with a tenth of the labels", ("peclr", "tenth_mpjpe_mm"),
                 ("scratch", "tenth_mpjpe_mm"), "yes (Fig. 6)", 2),
@@ -91,7 +91,7 @@ PECLR_TENTH = Claim(
     tunings=(Tuning("tenth", 0.1),), minutes=5)
 
 NO_CONSTRAINTS = ("no-ordinary", "no-secondary", "no-identity")         # reconstruction alone
-TI_NET_MONITORS = ("L_ord", "L_sec", "turn_change", "residual")
+TI_NET_MONITORS = ("L_ord", "L_sec", "variance", "turn_change", "residual")
 TI_NET = Claim(
     "ti_net", "TI-Net (Tab. 2, Fig. 5)", "ti_net",
     (Row("scratch"), Row("reconstruction", ti_net(*NO_CONSTRAINTS)),
@@ -168,7 +168,7 @@ HAMUCO = Claim(
                 "yes (Fig. 3 b)", 2)),
     budgets=(*HALF, 2), minutes=1)
 HAMUCO_CALM = Claim(
-    "hamuco-calm", "HaMuCo on palms that face the first camera (Tab. 4 and 3, Fig. 4)", "hamuco",
+    "hamuco-calm", "HaMuCo on palms that face the first camera (Tab. 4 and 3, Fig. 4; asked after a result)", "hamuco",
     hamuco_rows("synthetic:calm"), HAMUCO_COMPARED, budgets=HALF, minutes=1, chooser="hamuco-calm")
 
 CORE = (PECLR, TI_NET, HAMUCO, HAMUCO_CALM, HANDMIM, PECLR_LABELS, PECLR_TENTH)
@@ -177,7 +177,7 @@ CORE = (PECLR, TI_NET, HAMUCO, HAMUCO_CALM, HANDMIM, PECLR_LABELS, PECLR_TENTH)
 
 STRONG = ("--w", "0.1")                                # a hundred times the paper's
 TI_NET_WHY = Claim(
-    "ti_net-why", "TI-Net, what stands in the way of its constraints: weight, operators, angles (frozen)", "ti_net",
+    "ti_net-why", "TI-Net, what stands in the way of its constraints: weight, operators, angles (frozen; asked after a result)", "ti_net",
     (Row("reconstruction", ti_net(*NO_CONSTRAINTS)), Row("ti_net", ti_net()), Row("modulated", ti_net("modulated")),
      Row("strong", ti_net(words=STRONG)), Row("strong-modulated", ti_net("modulated", words=STRONG)),
      Row("reconstruction-small-angles", ti_net(*NO_CONSTRAINTS, "small-angles")), Row("small-angles", ti_net("small-angles")),

@@ -5,14 +5,15 @@ from pathlib import Path
 
 from claims.plan import ROOT, SEEDS, Claim, budgets_of, minutes_of
 from claims.rows import CLAIMS, CORE, FURTHER
-from claims.sitting import RESULTS, lines
+from claims.sitting import RESULTS, lines, told
 from claims.verdict import Verdict, line_of, verdicts
 
 import numpy as np
 
 CAPTION = """Synthetic hands at 64 px, freely turned but where a title says otherwise. Budget 1 is 131,072 pictures through the network. A
 gain is what the first of two rows has less of error than the second, in percent: mean and deviation over seeds, 95 % intervals over seeds
-and over test hands. The plan, made before the first result, says what counts as shown: `tests/claims/PLAN.md`; "not run" stands until
+and over test hands. The plan, `tests/claims/PLAN.md`, says what counts as shown; it was made before the first result, but for claims whose
+title says that they were asked after one. "not run" stands until
 three seeds are there. Rows: tuned with a tenth of the labels, a quarter (small) or all; area is the mean validation error over the
 epochs; probe, class and patch are ridge regressions on frozen features, dimensions their participation ratio; L_ord to residual and L_pose to
 agreement are monitors of pre-training (`collapse_monitors` in `ti_net.py` and `handmim.py`)."""
@@ -69,6 +70,10 @@ def table(claim: Claim, results: Path = RESULTS) -> str:
         out = out[:1]
     if found:
         out += ["", rows_table(claim, found), "", provenance(found)]
+    known = {(line["row"], line["seed"], line["budget"]) for line in found}
+    other = sum((line["row"], line["seed"], line["budget"]) not in known for line in told(claim, results))
+    if other:
+        out += ["", f"{other} lines of `tests/claims/{claim.name}.jsonl` are of commands that the plan no longer has, and are not counted."]
     left = needed(claim, found)
     if left:
         state = "Still to run" if found else "Not run"
@@ -163,7 +168,7 @@ def draw(claim: Claim, out: Path, results: Path = RESULTS) -> list[Path]:
         with figure(files[-1], 7.5, 0.8 + 0.3 * len(judged)) as axes:
             for k, (_, v) in enumerate(reversed(judged)):
                 axes.plot(v.gains, [k] * len(v.gains), "o", color=CURVE_COLOURS[0], ms=4)
-                axes.plot(v.over_hands, [k, k], color=CURVE_COLOURS[0])
+                axes.plot(v.over_hands, [k, k], color=CURVE_COLOURS[0])              # NaN draws nothing
             axes.axvline(0, color="#888888", lw=1)
             axes.set_yticks(range(len(judged)), [name for name, _ in reversed(judged)], fontsize=7)
             axes.set_xlabel("gain in percent: seeds, and 95 % over test hands")

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,11 +18,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# common before torch: it settles how threads wait
+from common import UserError
+
 from claims.plan import (
     ROOT, SEEDS, Claim, Row, Scale, Weights, budgets_of, pictures_of, pretrain_words, tune_words)
-from claims.rows import calibration
+from claims.rows import CLAIMS, calibration
 
 RESULTS = Path(__file__).parent
+PLACES = ("--out", "--cache", "--init", "--device")    # in which commands of one plan may differ
 
 
 class Failed(Exception):
@@ -57,20 +62,41 @@ class Place:
 # ---- What there is to do -------------------------------------------------------------------------
 
 
-def lines(claim: Claim, results: Path = RESULTS) -> list[dict]:
-    """The results of a claim that are there, in the order in which they were made; of two the later counts."""
+def told(claim: Claim, results: Path = RESULTS) -> list[dict]:
+    """Every line of a claim's file. UserError where one is cut off."""
     file = results / f"{claim.name}.jsonl"
-    if not file.is_file():
-        return []
-    found = [json.loads(line) for line in file.read_text().splitlines() if line]
-    return list({(line["row"], line["seed"], line["budget"]): line for line in found if _as_planned(claim, line)}.values())
+    found = []
+    for number, line in enumerate(file.read_text().splitlines() if file.is_file() else [], 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{file}: line {number} is cut off; delete it, and its row is run again") from None
+    return found
 
 
-def _as_planned(claim: Claim, line: dict) -> bool:
-    """Whether a row was tuned with the plan's shares of the labels: they may be doubled (PLAN.md)."""
-    commands = line.get("commands", {})
-    return all(f"--label-fraction {tuning.share:g} " in commands.get(tuning.name, f"--label-fraction {tuning.share:g} ")
-               for tuning in claim.tunings)
+def lines(claim: Claim, results: Path = RESULTS) -> list[dict]:
+    """The results of a claim that count, in the order in which they were made: of the plan's commands, of two the later."""
+    rate = _chosen(claim, results)[0]
+    return list({(line["row"], line["seed"], line["budget"]): line for line in told(claim, results)
+                 if _as_planned(claim, line, rate, Scale())}.values())
+
+
+def _as_planned(claim: Claim, line: dict, rate: float, scale: Scale) -> bool:
+    """Whether its commands are what the plan says today; lines of another share, length or rate stay in the file only."""
+    row = next((row for row in claim.rows if row.name == line["row"]), None)
+    if row is None:
+        return False
+    rate = row.rate or rate
+    planned = {tuning.name: tune_words(claim, row, tuning, line["seed"], "", "", "", scale, rate) for tuning in claim.tunings}
+    if row.weights:
+        planned["weights"] = pretrain_words(row.weights, line["seed"], line["budget"], "", "", scale, rate)
+    apart = PLACES if rate else (*PLACES, "--lr")                     # a rate that is not chosen yet
+
+    def said(words: list[str]) -> list[str]:
+        return [word for before, word in zip(["", *words], words) if word not in apart and before not in apart]
+
+    return all(name in planned and said(shlex.split(command)[1:]) == said(planned[name])
+               for name, command in line.get("commands", {}).items())
 
 
 def tasks(claims: list[Claim], seeds: int, budget: float | None) -> list[Task]:
@@ -93,22 +119,27 @@ def rate_of(claim: Claim, results: Path) -> float:
 
     Failed where scratch did not end below the mean pose: then no row can be told from another.
     """
+    rate, scores = _chosen(claim, results)
+    if scores and claim.tunings and scores["small_mpjpe_mm"] > scores["small_mean_pose_mpjpe_mm"]:
+        raise Failed(f"{calibration(claim).name}: scratch ends at {scores['small_mpjpe_mm']:.1f} mm, above the mean "
+                     f"pose's {scores['small_mean_pose_mpjpe_mm']:.1f}; double SHARE, or the tuning's length "
+                     "where its curve still falls, and say so, with the date, in PLAN.md")
+    return rate
+
+
+def _chosen(claim: Claim, results: Path) -> tuple[float, dict]:
+    """`rate_of`, and the scores of the row that chose it; {} where none did."""
     chooser = calibration(claim)
     if chooser is None:
-        return 1.0
+        return 1.0, {}
     planned = {(row.name, b) for row in chooser.rows for b in budgets_of(chooser, row)}
     found = {line["row"]: line["scores"] for line in lines(chooser, results)
              if (line["row"], line["budget"]) in planned}             # none that was trained for longer
     if not {row.name for row in chooser.rows} <= set(found):
-        return 0.0
+        return 0.0, {}
     name = "single_view_n_mpjpe_mm" if claim.script == "hamuco" else "small_val_mm"
     best = min(chooser.rows, key=lambda row: found[row.name][name])
-    scores = found[best.name]
-    if claim.tunings and scores["small_mpjpe_mm"] > scores["small_mean_pose_mpjpe_mm"]:
-        raise Failed(f"{chooser.name}: scratch ends at {scores['small_mpjpe_mm']:.1f} mm, above the mean "
-                     f"pose's {scores['small_mean_pose_mpjpe_mm']:.1f}; double SHARE, or the tuning's length "
-                     "where its curve still falls, and say so, with the date, in PLAN.md")
-    return best.rate
+    return best.rate, found[best.name]
 
 
 # ---- Commands ------------------------------------------------------------------------------------
@@ -129,9 +160,12 @@ def stop_at_a_signal() -> None:
 
 
 def begun(words: list[str], **more: object) -> subprocess.Popen:
-    """A Python of one thread, out of the terminal's reach: it gets a signal from `all_of` alone, and once."""
+    """A Python of one thread, out of the terminal's reach: it gets a signal from `all_of` alone, and once.
+
+    It inherits the lock of its row, so that nobody else begins with it while it lives.
+    """
     return subprocess.Popen([sys.executable, *words], env=os.environ | {"OMP_NUM_THREADS": "1"},
-                            start_new_session=True, **more)
+                            start_new_session=True, close_fds=False, **more)
 
 
 def all_of(processes: list[subprocess.Popen]) -> list[int]:
@@ -232,6 +266,7 @@ def alone(name: str, place: Place) -> Iterator[bool]:
         except BlockingIOError:
             yield False
         else:
+            os.set_inheritable(file.fileno(), True)
             yield True
 
 
@@ -247,6 +282,12 @@ def weights_of(task: Task, rate: float, place: Place) -> tuple[Path | None, dict
     out = place.runs / "weights" / f"{slug(weights, rate)}-b{task.budget:g}-s{task.seed}"
     words = pretrain_words(weights, task.seed, task.budget, relative(out), relative(place.cache),
                            place.scale, rate)
+    if not (out / "done.json").is_file():                 # what was tuned from others of that name is of no use
+        for claim in dict.fromkeys((task.claim, *CLAIMS.values())):
+            for row in claim.rows:
+                if row.weights == weights:
+                    stale = Task(claim, row, task.seed, task.budget).name
+                    shutil.rmtree(place.runs / stale, ignore_errors=True)
     about = stage(words, out, place)
     for file in out.rglob("last.pt"):
         file.unlink()
@@ -295,8 +336,8 @@ def run(task: Task, place: Place) -> None:
             "monitors": measure.monitored(made) if made else {},
             "groups": groups}
     place.results.mkdir(parents=True, exist_ok=True)
-    with open(place.results / f"{claim.name}.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+    with open(place.results / f"{claim.name}.jsonl", "ab", buffering=0) as file:
+        file.write(f"{json.dumps(line)}\n".encode())             # at once: others append, too
     shutil.rmtree(place.runs / task.name, ignore_errors=True)
 
 
@@ -338,8 +379,8 @@ def sit(claims: list[Claim], seeds: int = SEEDS, budget: float | None = None,
                       flush=True)
                 try:
                     run(task, place)
-                except Failed as error:
-                    print(error, flush=True)
+                except (Failed, UserError, OSError, RuntimeError) as error:
+                    print(f"{task.name}: {error}", flush=True)
                     failed.add(task)
                 moved = True
                 break                                      # the first of the list again

@@ -50,7 +50,7 @@ def over_hands(pairs: list[tuple[list[float], list[float]]]) -> tuple[float, flo
 def word_of(gains: list[float], seeds: tuple[float, float], hands: tuple[float, float],
             least: float, wanted: int = SEEDS) -> str:
     """PLAN.md's rule; `seeds` and `hands` are the two intervals of the mean gain, in percent."""
-    if len(gains) < wanted:
+    if len(gains) < wanted or np.isnan(hands).any():
         return "not run"
     if seeds[0] > 0 and hands[0] > 0 and np.mean(gains) >= least:
         return "shown"
@@ -80,13 +80,14 @@ def verdict(claim: Claim, compared: Comparison, found: list[dict], budget: float
     reach = stats.t.ppf(0.975, n - 1) * gains.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
     by_seed = (float(gains.mean() - reach), float(gains.mean() + reach))
     names = (compared.better[1], compared.than[1])
-    by_hand = by_seed                                   # an area under a curve has no hands
+    by_hand = (np.nan, np.nan)
     if all(name in line["groups"] for both in pairs.values() for line, name in zip(both, names)):
         by_hand = over_hands([tuple(line["groups"][name] for line, name in zip(both, names))
                               for both in pairs.values()])
+    no_hands = all(name.endswith("_area_mm") for name in names)            # an area under a curve: seeds alone decide
     return Verdict(budget, tuple(pairs), float(values[:, 0].mean()), float(values[:, 1].mean()),
                    tuple(gains.tolist()), by_seed, by_hand,
-                   word_of(gains.tolist(), by_seed, by_hand, compared.least))
+                   word_of(gains.tolist(), by_seed, by_seed if no_hands else by_hand, compared.least))
 
 
 def verdicts(claim: Claim, compared: Comparison, found: list[dict]) -> list[Verdict]:
