@@ -10,13 +10,13 @@ from claims.verdict import Verdict, line_of, verdicts
 
 import numpy as np
 
-CAPTION = """Synthetic hands at 64 px, freely turned but where a title says otherwise. Budget 1 is 131,072 pictures through the network. A
-gain is what the first of two rows has less of error than the second, in percent: mean and deviation over seeds, 95 % intervals over seeds
-and over test hands. The plan, `tests/claims/PLAN.md`, says what counts as shown; it was made before the first result, but for claims whose
-title says that they were asked after one. "not run" stands until
-three seeds are there. Rows: tuned with a tenth of the labels, a quarter (small) or all; area is the mean validation error over the
-epochs; probe, class and patch are ridge regressions on frozen features, dimensions their participation ratio; L_ord to residual and L_pose to
-agreement are monitors of pre-training (`collapse_monitors` in `ti_net.py` and `handmim.py`)."""
+CAPTION = """Synthetic hands at 64 px, freely turned but where a title says otherwise. Budget 1 is 131,072 pictures through the network. A gain is what
+the first of two rows has less of error than the second, in percent: mean and deviation over seeds, 95 % intervals over seeds and over test
+hands. The plan, `tests/claims/PLAN.md`, says what counts as shown; it was made before the first result, but for claims whose title says
+that they were asked after one. "not run" stands until three seeds are there. Rows: tuned with a tenth of the labels, a quarter (small) or
+all; area is the mean validation error over the epochs; probe, class and patch are ridge regressions on frozen features, dimensions their
+participation ratio; L_ord to residual and L_pose to agreement are monitors of pre-training (`collapse_monitors` in `ti_net.py` and
+`handmim.py`)."""
 BEGIN, END = "<!-- claims -->", "<!-- /claims -->"
 
 
