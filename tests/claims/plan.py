@@ -168,7 +168,7 @@ def pretrain_words(weights: Weights, seed: int, budget: float, out: Path | str, 
     """
     script = weights.script
     if script in LABELS_ALONE:
-        data = ["--data", weights.data] if weights.data != "synthetic" else []
+        data = ["--data", weights.data] if weights.data != "synthetic" else []        # their default: so stand their first lines
         return [f"tests/claims/{script}.py", *data, "--samples", str(samples_of(weights, scale)), "--image-size", str(scale.side),
                 "--seed", str(seed), "--out", str(out), "--cache", str(cache)]
     n, epochs = samples_of(weights, scale), epochs_of(weights, budget, scale)
@@ -198,6 +198,14 @@ def tune_words(claim: Claim, row: Row, tuning: Tuning, seed: int, init: Path | s
              "--lr", f"{rate:g}", "--image-size", str(scale.side),
              "--seed", str(seed), "--out", str(out), "--cache", str(cache), "--row", row.name,
              "--device", scale.device, "--backbone", backbone_of(claim.script, scale), *PLAIN, *TUNE, *tuning.words, *row.words]
+
+
+# ---- Results -------------------------------------------------------------------------------------
+
+
+def key(line: dict) -> tuple[str, int, float]:
+    """Which row, seed and budget a line of results is of."""
+    return line["row"], line["seed"], line["budget"]
 
 
 # ---- Costs ---------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from claims.plan import ROOT, SEEDS, Claim, budgets_of, minutes_of
+from claims.plan import ROOT, SEEDS, Claim, budgets_of, key, minutes_of
 from claims.rows import CLAIMS, CORE, FURTHER
 from claims.sitting import RESULTS, lines, told
 from claims.verdict import Verdict, line_of, verdicts
@@ -26,7 +26,7 @@ def needed(claim: Claim, found: list[dict], budget: float | None = None) -> floa
     for row in claim.rows:
         for b in budgets_of(claim, row, budget):
             for seed in range(claim.first_seed, claim.first_seed + (1 if claim.first_seed else SEEDS)):
-                if any((line["row"], line["seed"], line["budget"]) == (row.name, seed, b) for line in found):
+                if (row.name, seed, b) in map(key, found):
                     continue
                 before, after = minutes_of(claim, row, b)
                 total += after + before * ((row.weights, row.rate, b, seed) not in made)
@@ -70,8 +70,8 @@ def table(claim: Claim, results: Path = RESULTS) -> str:
         out = out[:1]
     if found:
         out += ["", rows_table(claim, found), "", provenance(found)]
-    known = {(line["row"], line["seed"], line["budget"]) for line in found}
-    other = sum((line["row"], line["seed"], line["budget"]) not in known for line in told(claim, results))
+    known = set(map(key, found))
+    other = sum(key(line) not in known for line in told(claim, results))
     if other:
         out += ["", f"{other} lines of `tests/claims/{claim.name}.jsonl` are of commands that the plan no longer has, and are not counted."]
     left = needed(claim, found)

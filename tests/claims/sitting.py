@@ -22,7 +22,7 @@ from pathlib import Path
 from common import UserError
 
 from claims.plan import (
-    ROOT, SEEDS, Claim, Row, Scale, Weights, budgets_of, pictures_of, pretrain_words, tune_words)
+    ROOT, SEEDS, Claim, Row, Scale, Weights, budgets_of, key, pictures_of, pretrain_words, tune_words)
 from claims.rows import CLAIMS, calibration
 
 RESULTS = Path(__file__).parent
@@ -77,7 +77,7 @@ def told(claim: Claim, results: Path = RESULTS) -> list[dict]:
 def lines(claim: Claim, results: Path = RESULTS) -> list[dict]:
     """The results of a claim that count, in the order in which they were made: of the plan's commands, of two the later."""
     rate = _chosen(claim, results)[0]
-    return list({(line["row"], line["seed"], line["budget"]): line for line in told(claim, results)
+    return list({key(line): line for line in told(claim, results)
                  if _as_planned(claim, line, rate, Scale())}.values())
 
 
@@ -110,8 +110,7 @@ def tasks(claims: list[Claim], seeds: int, budget: float | None) -> list[Task]:
 
 def done(task: Task, results: Path) -> bool:
     """Whether its line is there."""
-    return any((line["row"], line["seed"], line["budget"]) == (task.row.name, task.seed, task.budget)
-               for line in lines(task.claim, results))
+    return (task.row.name, task.seed, task.budget) in map(key, lines(task.claim, results))
 
 
 def rate_of(claim: Claim, results: Path) -> float:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from claims.plan import SEEDS, Claim, Comparison, Row, budgets_of, without_pictures
+from claims.plan import SEEDS, Claim, Comparison, Row, budgets_of, key, without_pictures
 
 import numpy as np
 from scipy import stats
@@ -33,8 +33,7 @@ class Verdict:
 def line_of(found: list[dict], row: Row, seed: int, budget: float) -> dict | None:
     """The line of a row and seed; a row without pre-training has one for all budgets."""
     budget = 0 if without_pictures(row) else budget
-    return next((line for line in found if (line["row"], line["seed"], line["budget"])
-                 == (row.name, seed, budget)), None)
+    return next((line for line in found if key(line) == (row.name, seed, budget)), None)
 
 
 def over_hands(pairs: list[tuple[list[float], list[float]]]) -> tuple[float, float]:

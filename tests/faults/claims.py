@@ -8,7 +8,7 @@ FAULTS = [(file, old, new, TEST, words) for file, old, new, words in [
      "return max(1, round(budget * scale.unit / samples_of(weights, scale)))", "accept_every_planned and ti_net"),
     (SIT, '             if (line["row"], line["budget"]) in planned}', "             }", "budget_and_share"),
     (SIT, "                 if _as_planned(claim, line, rate, Scale())}", "                 }", "no_longer_has"),
-    (SIT, "    return list({(line[\"row\"], line[\"seed\"], line[\"budget\"]): line", "    return list({id(line): line", "and_once"),
+    (SIT, "    return list({key(line): line", "    return list({id(line): line", "and_once"),
     (SIT, "for line in told(claim, results)\n", "for line in told(claim, results)[::-1]\n", "and_once"),
     (SIT, "apart = PLACES if rate else (*PLACES, \"--lr\")", "apart = (*PLACES, \"--lr\")", "no_longer_has"),
     (SIT, "apart = PLACES if rate else (*PLACES, \"--lr\")", "apart = PLACES", "no_longer_has"),
