@@ -1,6 +1,7 @@
 """What all tests share: the project on the path, two threads, the golden arrays, a hand's file."""
 import lzma
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,15 @@ def params(official_file):
     """The arrays of `official_file`, in our reading; no test may change them."""
     from hand.official import load_mano
     return load_mano(official_file)
+
+
+@pytest.fixture
+def tmp_path(tmp_path, request):
+    """A test's own folder, gone once the test has passed: the suite would leave gigabytes behind."""
+    failed = request.session.testsfailed
+    yield tmp_path
+    if request.session.testsfailed == failed:
+        shutil.rmtree(tmp_path, ignore_errors=True)
 
 
 @pytest.fixture
