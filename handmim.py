@@ -2,8 +2,8 @@
 
 Liu, Lin, Wang, Zheng, Zhu (ByteDance), arXiv 2307.16061. The second and third command are those of
 Table 1 "HandMIM-Small", in the paper FreiHAND 6.57 / 6.57 mm PA vertex / joint error, F@5 0.725,
-F@15 0.984, and of the same row of Table 2; nothing was run at that scale here. Tables 3 (iBOT) and
-5 (losses removed), Fig. 7 (frozen blocks) and ViT-B, ViT-L run from here too.
+F@15 0.984, and with `--finetune ho3d=DIR` of the same row of Table 2; nothing was run at that scale
+here. Tables 3 (iBOT) and 5 (losses removed), Fig. 7 (frozen blocks), ViT-B and -L run here, too.
 
     python handmim.py --quick                                 minutes on a CPU, no data
     python handmim.py --data freihand=DIR1 yt3d=DIR2 folder:hands=DIR3
@@ -78,9 +78,10 @@ Differs from the paper (it has no public code; "iBOT" is bytedance/ibot @da316d8
 14. Augmentation of fine-tuning is named without numbers: scale 1 +- 0.25, rotation 30 N degrees
     within 60 in six of ten (HandOccNet's), shift 0.05, jitter 0.2. Adam, constant rate, no decay;
     crop 1.2 x the hand's box.
-15. Photos. `--data folder:hands=DIR` finds hands by MediaPipe (Sec. 3.1); boxes are those of its
-    key points. Of a picture without a box the centre square is stored, and views come from its
-    middle 71 %.
+15. Photos. `--data folder:hands=DIR` finds hands by MediaPipe (Sec. 3.1), in COCO's too, whose
+    train pictures COCO-WholeBody annotates (`coco=DIR` reads those); boxes are those of its key
+    points. Of a picture without a box the centre square is stored, and views come from its middle
+    71 %.
 16. Data. The paper counts 221,602 pictures; each source's count is printed, so yours can be
     compared.
 17. Short runs. Of a fast teacher all answers become the same one while its centre lags, and uniform
@@ -90,6 +91,7 @@ Differs from the paper (it has no public code; "iBOT" is bytedance/ibot @da316d8
     answers with correlation x 0.1 / tau of their spread. Young networks agree by 0.3 to 0.4 on
     iBOT's views, under 0.1 on HandMIM's, whose turns they cannot undo yet: --quick has tau 0.02
     (`--teacher-tau`), which suffices for the former only; 0.008 keeps both from uniform answers.
+    Neither rate nor batch was searched.
 """
 from __future__ import annotations
 

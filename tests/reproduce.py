@@ -60,7 +60,7 @@ def labels(moments: int = 256) -> None:
     rho = spearmanr(error.flatten(), confidence.flatten()).statistic
     print(f"2D error of the labels {error.mean():.1f} px (median {error.median():.1f}); rank "
           f"correlation with the confidence {rho:.2f}")
-    print("N-MPJPE / PA-MPJPE mm; the paper, 8 views: dlt 16.8 / 13.2, ransac 12.3 / 9.8")
+    print("N-MPJPE / PA-MPJPE mm; the paper's MPJPE / PA-MPJPE, 8 views: dlt 16.8 / 13.2, ransac 12.3 / 9.8")
     for views in (4, 8):
         some = torch.arange(0, 8, 8 // views)
         P = hamuco.projections(K[:, some], cameras[:, some])

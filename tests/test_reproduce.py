@@ -731,23 +731,71 @@ def test_a_table_says_what_was_found_and_what_is_missing(tmp_path):
     assert "5 rows and seeds, 300 s, bf16 on M; 2026-11-22." in text and "Still to run: `python tests/reproduce.py claim two`" in text
 
 
+def test_a_budget_that_was_not_run_stands_beside_the_one_that_was(tmp_path):
+    claim = dataclasses.replace(TWO, budgets=(1, 4))
+    found = [result("base", k, 100, 0) for k in range(3)] + [result("ours", k, 90 + k) for k in range(3)]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+    text = show.table(claim, tmp_path)
+    assert text.count("| ours is better |") == 1 and "| shown; at 4 not run |" in text
+    found += [result("ours", k, 80 + k, 4) for k in range(2)]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+    text = show.table(claim, tmp_path)
+    assert "| shown |" in text and "| not run (2 of 3 seeds) |" in text and "at 4" not in text
+    (tmp_path / "two.jsonl").unlink()
+    assert "| ours is better | 1 | - | 10 % | - | - | - | not run |" in show.table(claim, tmp_path)
+
+
+def test_a_table_shows_the_mean_pose_and_triangulated_labels_in_their_columns(tmp_path):
+    claim = dataclasses.replace(
+        TWO, compared=(Comparison("x", ("ours", "single_n_mpjpe_mm"), ("base", "single_view_n_mpjpe_mm"), "-", 2),
+                       Comparison("y", ("ours", "fusion_pa_mpjpe_mm"), ("ours", "dlt_pa_mpjpe_mm"), "-", 2)),
+        also=("single_pa_mpjpe_mm", "single_2d_px"), beside=(("DLT", "ours", "dlt"), ("mean pose", "ours", "mean_pose")))
+    base, ours = result("base", 0, 1, 0), result("ours", 0, 1)
+    base["scores"] = {"single_view_n_mpjpe_mm": 2, "single_view_pa_mpjpe_mm": 3}
+    ours["scores"] = {"single_n_mpjpe_mm": 4, "fusion_pa_mpjpe_mm": 5, "single_pa_mpjpe_mm": 6, "single_2d_px": 7, "dlt_pa_mpjpe_mm": 8,
+                      "dlt_n_mpjpe_mm": 9, "dlt_2d_px": 10, "mean_pose_pa_mpjpe_mm": 11, "mean_pose_n_mpjpe_mm": 12, "mean_pose_2d_px": 13}
+    assert show.rows_table(claim, [base, ours]).splitlines() == [
+        "| row | budget | seeds | single n mpjpe mm | fusion pa mpjpe mm | single pa mpjpe mm | single 2d px |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        "| base | - | 1 | 2.0 | - | 3.0 | - |",
+        "| ours | 1 | 1 | 4.0 | 5.0 | 6.0 | 7.0 |",
+        "| DLT | - | 1 | - | 8.0 | - | 10.0 |",
+        "| mean pose | - | 1 | - | 11.0 | 11.0 | 13.0 |"]
+
+
+def test_a_tuned_row_has_the_mean_pose_of_its_own_test_hands(tmp_path):
+    claim = dataclasses.replace(
+        TWO, compared=(Comparison("x", ("ours", "small_mpjpe_mm"), ("base", "small_mpjpe_mm"), "-", 2),), also=("small_pa_mpjpe_mm",),
+        beside=(("mean pose", "base", "mean_pose"),), monitors=("L_ord",))
+    line = result("base", 0, 1, 0)
+    line["scores"] = {"small_mpjpe_mm": 80, "small_mean_pose_mpjpe_mm": 99, "small_pa_mpjpe_mm": 18, "small_mean_pose_pa_mpjpe_mm": 21}
+    assert show.rows_table(claim, [line]).splitlines()[2:] == [
+        "| base | - | 1 | 80.0 | 18.0 | - |", "| mean pose | - | 1 | 99.0 | 21.0 | - |"]
+
+
 def test_readme_agrees_with_the_result_files():
     text = (ROOT / "README.md").read_text()
-    assert show.with_block(text, show.readme_block()) == text, "run python tests/reproduce.py readme"
+    assert show.with_tables(text) == text, "run python tests/reproduce.py readme"
 
 
-def test_readmes_block_has_tables_of_what_was_run_and_names_the_rest(tmp_path):
+def test_readme_gets_tables_of_what_was_run_and_the_names_of_the_rest(tmp_path):
     (tmp_path / "peclr.jsonl").write_text(json.dumps(result("random", 0, 91.6, 0)) + "\n")
-    text = show.readme_block(tmp_path)
-    assert text.startswith(show.CAPTION) and text.count("**") == 2 and "**PeCLR, frozen features" in text and "| HandMIM (Tab. 3 and 5) |" in text
-    assert all(f"claim {claim.name}`" in text for claim in (*CORE, *FURTHER))
+    marks = "above <!-- claims: peclr hamuco --> old <!-- /claims --> between <!-- claims: rest -->\n\n<!-- /claims --> below"
+    text = show.with_tables(marks, tmp_path)
+    assert text.startswith("above <!-- claims: peclr hamuco -->\n\n**PeCLR, frozen features") and text.count("**") == 2 and " old " not in text
+    assert "<!-- /claims --> between <!-- claims: rest -->\n\n| not run yet |" in text and text.endswith("\n\n<!-- /claims --> below")
+    assert all(f"claim {claim.name}`" in text for claim in (*CORE, *FURTHER)) and "| HandMIM (Tab. 3 and 5) |" in text
+    assert show.with_tables(text, tmp_path) == text
 
 
-def test_only_what_stands_between_the_marks_is_replaced():
-    text = f"above\n{show.BEGIN}\n\nold\n\n{show.END}\nbelow"
-    assert show.with_block(text, "new") == f"above\n{show.BEGIN}\n\nnew\n\n{show.END}\nbelow"
-    with pytest.raises(ValueError, match="has no"):
-        show.with_block("no marks", "new")
+@pytest.mark.parametrize("marks, named", [
+    ("no marks", "peclr, rest"), ("<!-- claims: rest --><!-- /claims -->", "peclr"),
+    ("<!-- claims: peclr rest --><!-- /claims --><!-- claims: peclr --><!-- /claims -->", "peclr"),
+    ("<!-- claims: peclr nobody rest --><!-- /claims -->", "nobody")])
+def test_a_claim_without_a_place_in_readme_or_with_two_is_named(tmp_path, marks, named):
+    (tmp_path / "peclr.jsonl").write_text(json.dumps(result("random", 0, 91.6, 0)) + "\n")
+    with pytest.raises(ValueError, match=f"README.md: marks must name each of these claims once: {named}$"):
+        show.with_tables(marks, tmp_path)
 
 
 # ---- The papers' tables --------------------------------------------------------------------------
@@ -776,7 +824,7 @@ def test_every_command_of_the_papers_tables_is_accepted(entry, monkeypatch):
             if words[0] == "eval.py":
                 args = judged(words[1:], monkeypatch)
                 specs = [args.data] if args.data else []
-                assert set(args.protocol) <= {"ours", *PROTOCOLS.get(args.data.partition("=")[0], ())}
+                assert set(args.protocol) <= {"ours", *(name for spec in specs for name in PROTOCOLS.get(parse_data(spec)[0], ()))}
             else:
                 cfg = accepted(words)
                 specs = [cfg.finetune] if cfg.finetune else cfg.data

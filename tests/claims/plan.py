@@ -82,6 +82,8 @@ class Claim:
     minutes: float = 0                 # of a core, a row and seed beyond its pre-training
     chooser: str = ""                  # of its rate: calibrate-CHOOSER; empty: calibrate-SCRIPT
     monitors: tuple[str, ...] = ()     # of pre-training, shown beside the scores
+    also: tuple[str, ...] = ()         # measures that are shown and not compared
+    beside: tuple[tuple[str, str, str], ...] = ()      # rows that are shown: title, the row whose lines have them, their scores' prefix
 
 
 # ---- The one recipe of all rows ------------------------------------------------------------------

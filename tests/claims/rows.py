@@ -45,6 +45,7 @@ def hamuco_rows(data: str) -> tuple[Row, ...]:
 
 
 PECLR_WEIGHTS = Weights("peclr")
+MEAN_POSE = (("mean pose", "scratch", "mean_pose"),)
 PROBE, SMALL_MM, ALL_MM = "probe_mpjpe_mm", "small_mpjpe_mm", "all_mpjpe_mm"
 
 PECLR = Claim(
@@ -62,7 +63,7 @@ PECLR = Claim(
      Comparison("undoing the views helps, augmentations alike", ("peclr", PROBE),
                 ("simclr-peclr-views", PROBE), "not given", 1),
      Comparison("undoing rotation helps", ("peclr-rotation", PROBE), ("simclr-rotation", PROBE),
-                "56 % (Fig. 5 b)", 1),
+                "56 % (Fig. 5 b; Sec. 4.4: 57 %)", 1),
      Comparison("undoing translation helps", ("peclr-translation", PROBE),
                 ("simclr-translation", PROBE), "34 % (Fig. 5 b)", 1),
      Comparison("PeCLR beats random features", ("peclr", PROBE), ("random", PROBE),
@@ -73,22 +74,22 @@ PECLR_LABELS = Claim(
     "peclr-labels", "PeCLR, tuned end to end (Tab. 2, Fig. 6)", "peclr",
     (Row("scratch"), Row("simclr", simclr()), Row("peclr", PECLR_WEIGHTS)),
     (Comparison("PeCLR beats scratch with few labels", ("peclr", SMALL_MM), ("scratch", SMALL_MM),
-                "yes (Fig. 6)", 2),
+                "up to 43 % 3D EPE (Sec. 1, Fig. 6)", 2),
      Comparison("and with all labels", ("peclr", ALL_MM), ("scratch", ALL_MM),
-                "10.8 to 14.5 % PA-EPE (Tab. 2)", 2),
+                "10.8 to 14.5 % PA-EPE (Tab. 2; pre-trained on YT3D as well)", 2),
      Comparison("PeCLR beats SimCLR with few labels", ("peclr", SMALL_MM), ("simclr", SMALL_MM),
                 "not given", 2)),
-    tunings=(SMALL, ALL), budgets=(1, 4), minutes=9)
+    tunings=(SMALL, ALL), budgets=(1, 4), minutes=9, also=("small_pa_mpjpe_mm", "all_pa_mpjpe_mm"), beside=MEAN_POSE)
 
 PECLR_TENTH = Claim(
     "peclr-tenth", "PeCLR, tuned with a tenth of the labels (Fig. 6; asked after a result)", "peclr",
     (Row("scratch"), Row("simclr", simclr()), Row("peclr", PECLR_WEIGHTS)),
     (Comparison("PeCLR beats scratch with a tenth of the labels", ("peclr", "tenth_mpjpe_mm"),
-                ("scratch", "tenth_mpjpe_mm"), "yes (Fig. 6)", 2),
+                ("scratch", "tenth_mpjpe_mm"), "up to 43 % 3D EPE (Sec. 1, Fig. 6)", 2),
      Comparison("PeCLR beats SimCLR", ("peclr", "tenth_mpjpe_mm"), ("simclr", "tenth_mpjpe_mm"), "not given", 2),
      Comparison("PeCLR learns faster than scratch", ("peclr", "tenth_area_mm"), ("scratch", "tenth_area_mm"),
                 "not given", 2)),
-    tunings=(Tuning("tenth", 0.1),), minutes=5)
+    tunings=(Tuning("tenth", 0.1),), minutes=5, also=("tenth_pa_mpjpe_mm",), beside=MEAN_POSE)
 
 NO_CONSTRAINTS = ("no-ordinary", "no-secondary", "no-identity")         # reconstruction alone
 TI_NET_MONITORS = ("L_ord", "L_sec", "variance", "turn_change", "residual")
@@ -98,9 +99,9 @@ TI_NET = Claim(
      Row("simclr", simclr()), Row("peclr", PECLR_WEIGHTS, budgets=(1.5, 6)), Row("ti_net", ti_net(), budgets=(1.5, 6)),
      Row("ti_net-modulated", ti_net("modulated"), budgets=(1.5, 6))),
     (Comparison("TI-Net beats PeCLR", ("ti_net", SMALL_MM), ("peclr", SMALL_MM),
-                "8.7 % (Tab. 2; other pictures)", 2),
+                "8.7 % (Tab. 2; PeCLR's copied: other pictures, split, head)", 2),
      Comparison("TI-Net beats SimCLR", ("ti_net", SMALL_MM), ("simclr", SMALL_MM),
-                "17.4 % (Tab. 2, ImageNet)", 2),
+                "17.4 % (Tab. 2, ImageNet; SimCLR's copied: other split, head)", 2),
      Comparison("TI-Net learns faster than SimCLR", ("ti_net", "small_area_mm"),
                 ("simclr", "small_area_mm"), "yes (Fig. 5)", 2),
      Comparison("TI-Net beats scratch", ("ti_net", SMALL_MM), ("scratch", SMALL_MM),
@@ -110,8 +111,7 @@ TI_NET = Claim(
      Comparison("the same, frozen", ("ti_net", PROBE), ("reconstruction", PROBE), "not given", 1),
      Comparison("operators that can turn help", ("ti_net-modulated", SMALL_MM),
                 ("ti_net", SMALL_MM), "ours (ti_net.py, 15)", 2)),
-    probe=True, tunings=(LONG,), budgets=(1.5,), minutes=11,
-    monitors=TI_NET_MONITORS)
+    probe=True, tunings=(LONG,), budgets=(1.5,), minutes=11, monitors=TI_NET_MONITORS, also=("small_pa_mpjpe_mm",), beside=MEAN_POSE)
 
 CLASS, PATCH = "class_mpjpe_mm", "patch_mpjpe_mm"
 HALF = (0.5,)                          # of the claims whose pictures cost most; PLAN.md, Changes
@@ -121,18 +121,23 @@ HANDMIM = Claim(
      Row("handmim-no-pose", handmim("no-pose")), Row("handmim-no-patch", handmim("no-patch")),
      Row("handmim-no-recon", handmim("no-recon"))),
     (Comparison("HandMIM beats iBOT, tuned with few labels", ("handmim", SMALL_MM),
-                ("ibot", SMALL_MM), "5.9 % PA-JPE (Tab. 3)", 2),
+                ("ibot", SMALL_MM), "3.1 to 5.9 % PA-JPE (Tab. 3)", 2),
      Comparison("frozen class token", ("handmim", CLASS), ("ibot", CLASS), "not given", 1),
      Comparison("frozen patches", ("handmim", PATCH), ("ibot", PATCH), "not given", 1),
      Comparison("HandMIM beats scratch", ("handmim", SMALL_MM), ("scratch", SMALL_MM),
-                "8.9 % PA-JPE (Tab. 3)", 2),
+                "5.3 to 8.9 % PA-JPE (Tab. 3)", 2),
      *(Comparison(f"L_{loss} helps", ("handmim", SMALL_MM), (f"handmim-no-{loss}", SMALL_MM),
                   f"{gain} % PA-JPE (Tab. 5)", 2)
        for loss, gain in (("pose", 4.4), ("patch", 4.1), ("recon", 2.5)))),
-    probe=True, tunings=(SMALL,), budgets=HALF, minutes=11, monitors=("L_pose", "entropy", "entropy_mean", "agreement"))
+    probe=True, tunings=(SMALL,), budgets=HALF, minutes=11, monitors=("L_pose", "entropy", "entropy_mean", "agreement"),
+    also=("small_pa_mpjpe_mm",), beside=MEAN_POSE)
 
 SINGLE, FUSION, ALONE = "single_n_mpjpe_mm", "fusion_n_mpjpe_mm", "single_view_n_mpjpe_mm"
 LEARNT = "dlt_learnt_pa_mpjpe_mm"
+HAMUCO_ALSO = ("single_mpjpe_mm", "fusion_mpjpe_mm", "single_pa_mpjpe_mm")
+HAMUCO_BESIDE = tuple((title, "full", prefix) for title, prefix in (
+    ("full, triangulated by RANSAC", "fusion_ransac"), ("labels", "labels"), ("labels, DLT", "dlt"),
+    ("labels, DLT by confidence", "dlt_confidence"), ("labels, RANSAC", "ransac"), ("mean pose", "mean_pose")))
 HAMUCO_COMPARED = (
     Comparison("the whole beats single views", ("full", SINGLE), ("single-view", ALONE),
                "46.6 % PA (Tab. 2, ResNet-50)", 2),
@@ -158,7 +163,7 @@ HAMUCO_COMPARED = (
     Comparison("such confidences beat DLT, PA", ("lt-algebraic", LEARNT), ("full", "dlt_pa_mpjpe_mm"),
                "40.9 % (Tab. 3; there 2D points are learnt, too)", 2))
 HAMUCO = Claim(
-    "hamuco", "HaMuCo (Tab. 4 and 3, Fig. 3 b and 4)", "hamuco",
+    "hamuco", "HaMuCo (Tab. 1 to 4, Fig. 3 b and 4)", "hamuco",
     (*hamuco_rows("synthetic"),
      Row("2-views", hamuco("--views", "2"), budgets=HALF), Row("8-views", hamuco("--views", "8"))),
     (*HAMUCO_COMPARED,
@@ -166,10 +171,11 @@ HAMUCO = Claim(
                 "yes (Fig. 3 b)", 2),
      Comparison("8 views teach more than 4", ("8-views", SINGLE), ("full", SINGLE),
                 "yes (Fig. 3 b)", 2)),
-    budgets=(*HALF, 2), minutes=1)
+    budgets=(*HALF, 2), minutes=1, also=HAMUCO_ALSO, beside=HAMUCO_BESIDE)
 HAMUCO_CALM = Claim(
-    "hamuco-calm", "HaMuCo on palms that face the first camera (Tab. 4 and 3, Fig. 4; asked after a result)", "hamuco",
-    hamuco_rows("synthetic:calm"), HAMUCO_COMPARED, budgets=HALF, minutes=1, chooser="hamuco-calm")
+    "hamuco-calm", "HaMuCo on palms that face the first camera (Tab. 1 to 4, Fig. 4; asked after a result)", "hamuco",
+    hamuco_rows("synthetic:calm"), HAMUCO_COMPARED, budgets=HALF, minutes=1, chooser="hamuco-calm", also=HAMUCO_ALSO,
+    beside=HAMUCO_BESIDE)
 
 CORE = (PECLR, TI_NET, HAMUCO, HAMUCO_CALM, HANDMIM, PECLR_LABELS, PECLR_TENTH)
 

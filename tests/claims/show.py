@@ -1,6 +1,7 @@
-"""The claims' tables: on the screen, as a picture, and between two marks of README.md."""
+"""The claims' tables: on the screen, as a picture, and between the marks of README.md."""
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from claims.plan import ROOT, SEEDS, Claim, budgets_of, key, minutes_of
@@ -10,14 +11,8 @@ from claims.verdict import Verdict, line_of, verdicts
 
 import numpy as np
 
-CAPTION = """Synthetic hands at 64 px, freely turned but where a title says otherwise. Budget 1 is 131,072 pictures through the network. A gain is what
-the first of two rows has less of error than the second, in percent: mean and deviation over seeds, 95 % intervals over seeds and over test
-hands. The plan, `tests/claims/PLAN.md`, says what counts as shown; it was made before the first result, but for claims whose title says
-that they were asked after one. "not run" stands until three seeds are there. Rows: tuned with a tenth of the labels, a quarter (small) or
-all; area is the mean validation error over the epochs; probe, class and patch are ridge regressions on frozen features, dimensions their
-participation ratio; L_ord to residual and L_pose to agreement are monitors of pre-training (`collapse_monitors` in `ti_net.py` and
-`handmim.py`)."""
-BEGIN, END = "<!-- claims -->", "<!-- /claims -->"
+MARKS = re.compile(r"(<!-- claims: ([\w -]+) -->).*?(<!-- /claims -->)", re.DOTALL)
+METRICS = ("pa_mpjpe_mm", "n_mpjpe_mm", "mpjpe_mm", "2d_px")          # the first that a measure's name ends with
 
 
 def needed(claim: Claim, found: list[dict], budget: float | None = None) -> float:
@@ -62,10 +57,14 @@ def table(claim: Claim, results: Path = RESULTS) -> str:
            "| claim | budget | mm or px, against | paper's gain | ours, % | over seeds | over hands | verdict |",
            "|---|---:|---:|---|---:|---:|---:|---|"]
     for compared in claim.compared:
-        for v in verdicts(claim, compared, found):
+        all_of_it = verdicts(claim, compared, found)
+        there = [v for v in all_of_it if v.seeds] or all_of_it[:1]
+        for v in there:
             pair = f"{number(v.better)} / {number(v.than)}" if v.seeds else "-"
+            waiting = [f"{other.budget:g}" for other in all_of_it if other not in there] if v is there[-1] and v.seeds else []
+            says = word(v) + (f"; at {', '.join(waiting)} not run" if waiting else "")
             out.append(f"| {compared.says} | {v.budget:g} | {pair} | {compared.paper} | {spread(v)} | "
-                       f"{between(v.over_seeds)} | {between(v.over_hands)} | {word(v)} |")
+                       f"{between(v.over_seeds)} | {between(v.over_hands)} | {says} |")
     if not claim.compared:
         out = out[:1]
     if found:
@@ -85,7 +84,7 @@ def table(claim: Claim, results: Path = RESULTS) -> str:
 def provenance(found: list[dict]) -> str:
     """Rows, seconds, machine and dates behind a table."""
     seconds = sum(sum(line["seconds"].values()) for line in found)
-    machines = sorted({line["machine"] for line in found})
+    machines = sorted({line["machine"] for line in found})                # a GPU's name is in it (sitting.machine)
     dates = sorted({line["date"] for line in found})
     precision = sorted({name for line in found for name in line["precision"]})
     span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
@@ -94,21 +93,51 @@ def provenance(found: list[dict]) -> str:
 
 
 def rows_table(claim: Claim, found: list[dict]) -> str:
-    """Every row's scores, mean and deviation over seeds, in the measures that are compared, and its monitors."""
-    names = list(dict.fromkeys(name for c in claim.compared for _, name in (c.better, c.than)))
+    """Every row's scores, mean and deviation over seeds, in the measures that are compared, and its monitors.
+
+    Below them stand the rows `Claim.beside`: the mean pose, HaMuCo's triangulated labels.
+    """
+    names = [name for c in claim.compared for _, name in (c.better, c.than)] + [*claim.also]
+    besides = tuple(f"{prefix}_" for *_, prefix in claim.beside)
+    names = [name for name in dict.fromkeys(map(_column, names)) if not name.startswith(besides)]
     names += [name for name in dict.fromkeys(name for line in found for name in line["scores"])
-              if name.endswith(("_dimensions", "_mean_pose_mpjpe_mm")) or not claim.compared]
+              if name.endswith("_dimensions") or not claim.compared]
     titles = [name if name.startswith("L_") else name.replace("_", " ") for name in (*names, *claim.monitors)]
     out = [f"| row | budget | seeds | {' | '.join(titles)} |", "|---|---:|---:|" + "---:|" * len(titles)]
     for row in claim.rows:
         for b in sorted({line["budget"] for line in found if line["row"] == row.name}):
             mine = [line_of(found, row, seed, b) for seed in sorted({x["seed"] for x in found})]
             mine = [line for line in mine if line]
-            cells = [over_seeds([line["scores"][name] for line in mine if name in line["scores"]]) for name in names]
+            scores = [{_column(name): x for name, x in line["scores"].items()} for line in mine]
+            cells = [over_seeds([x[name] for x in scores if name in x]) for name in names]
             cells += [over_seeds([line["monitors"][name] for line in mine if name in line.get("monitors", {})], 2)
                       for name in claim.monitors]
             out.append(f"| {row.name} | {f'{b:g}' if b else '-'} | {len(mine)} | {' | '.join(cells)} |")
+    for title, name, prefix in claim.beside:
+        mine = [line for line in found if line["row"] == name]
+        cells = [over_seeds([line["scores"][key] for line in mine for key in _beside(column, prefix) if key in line["scores"]])
+                 for column in names]
+        if mine:
+            out.append(f"| {title} | - | {len({line['seed'] for line in mine})} | {' | '.join(cells + ['-'] * len(claim.monitors))} |")
     return "\n".join(out)
+
+
+def _column(name: str) -> str:
+    """Which column a score stands in: a single-view network's output is its single hand, triangulated labels are fused ones."""
+    return name.replace("single_view_", "single_", 1).replace("dlt_learnt_", "fusion_", 1)
+
+
+def _beside(column: str, prefix: str) -> list[str]:
+    """The scores that a row of `Claim.beside` has in a column, of which one exists at most.
+
+    `mean_pose` stands in every column but N-MPJPE's, which divides by a bone that has nearly no length in a mean of turned hands;
+    hands that were put together from all views below the fused hand and in 2D.
+    """
+    metric = next((name for name in METRICS if column.endswith(f"_{name}")), "")
+    part = column.removesuffix(f"_{metric}")
+    if prefix == "mean_pose":
+        return [] if metric in ("", "n_mpjpe_mm") else [f"{part}_{prefix}_{metric}", f"{prefix}_{metric}"]
+    return [f"{prefix}_{metric}"] if part == "fusion" or metric == "2d_px" else []
 
 
 def over_seeds(values: list[float], digits: int = 1) -> str:
@@ -122,35 +151,39 @@ def over_seeds(values: list[float], digits: int = 1) -> str:
 # ---- README --------------------------------------------------------------------------------------
 
 
-def readme_block(results: Path = RESULTS) -> str:
-    """What stands between the marks."""
-    claims = (*CORE, *FURTHER)
-    parts = [table(claim, results) for claim in claims if lines(claim, results)]
-    if parts:
-        parts.insert(0, CAPTION)
-    rest = [claim for claim in claims if not lines(claim, results)]
-    if rest:
-        out = ["| not run yet | command | core-hours, three seeds |", "|---|---|---:|"]
-        for claim in rest:
-            out.append(f"| {claim.title} | `python tests/reproduce.py claim {claim.name}` | "
-                       f"{needed(claim, []) / 60:.1f} |")
-        parts.append("\n".join(out))
-    return "\n\n".join(parts)
+def not_run(results: Path = RESULTS) -> str:
+    """A table of the claims that have no result yet."""
+    out = ["| not run yet | command | core-hours, three seeds |", "|---|---|---:|"]
+    for claim in (*CORE, *FURTHER):
+        if not lines(claim, results):
+            out.append(f"| {claim.title} | `python tests/reproduce.py claim {claim.name}` | {needed(claim, []) / 60:.1f} |")
+    return "\n".join(out)
 
 
-def with_block(text: str, block: str) -> str:
-    """README's text with a new block between the marks; ValueError where it lacks them."""
-    before, mark, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not mark or not end:
-        raise ValueError(f"README.md: has no {BEGIN} ... {END}")
-    return f"{before}{BEGIN}\n\n{block}\n\n{END}{after}"
+def with_tables(text: str, results: Path = RESULTS) -> str:
+    """README's text with the present tables between its marks; ValueError where one claim with results has no place, or two.
+
+    `<!-- claims: NAME ... -->` is followed by those of these claims that have results, `<!-- claims: rest -->` by the others.
+    """
+    claims = {claim.name: claim for claim in (*CORE, *FURTHER)}
+    placed = [name for _, names, _ in MARKS.findall(text) for name in names.split()]
+    wanted = [name for name, claim in claims.items() if lines(claim, results)]
+    wrong = [name for name in {*wanted, *placed, "rest"} if placed.count(name) != 1 or name not in (*claims, "rest")]
+    if wrong:
+        raise ValueError(f"README.md: marks must name each of these claims once: {', '.join(sorted(wrong))}")
+
+    def filled(match: re.Match) -> str:
+        tables = [not_run(results) if name == "rest" else table(claims[name], results)
+                  for name in match[2].split() if name == "rest" or name in wanted]
+        return "\n\n".join([match[1], *tables, match[3]])
+
+    return MARKS.sub(filled, text)
 
 
 def write_readme() -> None:
     """Put the present results into README.md."""
     file = ROOT / "README.md"
-    file.write_text(with_block(file.read_text(), readme_block()))
+    file.write_text(with_tables(file.read_text()))
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -161,17 +194,18 @@ def draw(claim: Claim, out: Path, results: Path = RESULTS) -> list[Path]:
     from hand.drawing import CURVE_COLOURS, curve, figure
     found, files = lines(claim, results), []
     out.mkdir(parents=True, exist_ok=True)
-    judged = [(f"{c.says}, {v.budget:g}", v) for c in claim.compared
+    judged = [(f"{c.says}, {v.budget:g}: {word(v)}\npaper: {c.paper}", v) for c in claim.compared
               for v in verdicts(claim, c, found) if v.gains]
     if judged:
         files.append(out / f"{claim.name}-gains.png")
-        with figure(files[-1], 7.5, 0.8 + 0.3 * len(judged)) as axes:
+        with figure(files[-1], 8.5, 1.0 + 0.4 * len(judged)) as axes:
             for k, (_, v) in enumerate(reversed(judged)):
-                axes.plot(v.gains, [k] * len(v.gains), "o", color=CURVE_COLOURS[0], ms=4)
-                axes.plot(v.over_hands, [k, k], color=CURVE_COLOURS[0])              # NaN draws nothing
+                axes.plot(v.over_seeds, [k, k], color="#888888", lw=1)              # NaN draws nothing
+                axes.plot(v.over_hands, [k, k], color=CURVE_COLOURS[0], lw=3)
+                axes.plot(v.gains, [k] * len(v.gains), "o", color=CURVE_COLOURS[1], ms=4)
             axes.axvline(0, color="#888888", lw=1)
             axes.set_yticks(range(len(judged)), [name for name, _ in reversed(judged)], fontsize=7)
-            axes.set_xlabel("gain in percent: seeds, and 95 % over test hands")
+            axes.set_xlabel("gain in percent of each seed; 95 %: thin over seeds, thick over hands", fontsize=7, loc="right")
     for tuning in claim.tunings:
         name = f"{tuning.name}_curve_mm"
         series = {}

@@ -235,8 +235,11 @@ def git() -> str:
         said("status", "--porcelain", "-uno", "--", "*.py"))
 
 
-def machine() -> str:
-    """What it was run on."""
+def machine(device: str = "cpu") -> str:
+    """What it was run on; on a GPU that is named."""
+    if device != "cpu":
+        import torch
+        return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -325,7 +328,7 @@ def run(task: Task, place: Place) -> None:
               if name in wanted or "curve" in name}
     seconds = {name: x["seconds"] for name, x in stages.items()}
     line = {"claim": claim.name, "row": row.name, "seed": task.seed, "budget": task.budget,
-            "date": datetime.date.today().isoformat(), "machine": machine(), "git": git(),
+            "date": datetime.date.today().isoformat(), "machine": machine(scale.device), "git": git(),
             "commits": {name: x["git"] for name, x in stages.items()},
             "device": scale.device, "precision": sorted({x["precision"] for x in stages.values()}),
             "pictures": pictures_of(row.weights, task.budget, scale) if row.weights else 0,

@@ -53,6 +53,11 @@ FAULTS = [(file, old, new, TEST, words) for file, old, new, words in [
     (VERDICT, "gains.std(ddof=1)", "gains.std()", "interval_over_seeds"),
     (VERDICT, "if seeds[0] > 0 and hands[0] > 0 and", "if seeds[0] > 0 and", "few_hands"),
     (VERDICT, "if seeds[1] < least:", "if seeds[1] < 0:", "follow_the_plans_rule"),
-    (SHOW, "return f\"{before}{BEGIN}\\n\\n{block}\\n\\n{END}{after}\"", "return f\"{before}{BEGIN}\\n\\n{block}\\n\\n{END}\"",
-     "between_the_marks"),
+    (SHOW, "if v is there[-1] and v.seeds else []", "if v is there[-1] else []", "beside_the_one"),
+    (SHOW, "    return name.replace(\"single_view_\", \"single_\", 1)", "    return name", "in_their_columns"),
+    (SHOW, "if part == \"fusion\" or metric == \"2d_px\" else []", "", "in_their_columns"),
+    (SHOW, "in (\"\", \"n_mpjpe_mm\") else", "in (\"\",) else", "in_their_columns"),
+    (SHOW, "[f\"{part}_{prefix}_{metric}\", f\"{prefix}_{metric}\"]", "[f\"{prefix}_{metric}\"]", "mean_pose_of_its_own"),
+    (SHOW, "if placed.count(name) != 1 or", "if placed.count(name) < 1 or", "or_with_two"),
+    (SHOW, "if name == \"rest\" or name in wanted]", "]", "what_was_run"),
 ]]
