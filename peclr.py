@@ -11,7 +11,8 @@ on FreiHAND. Nothing was run at that scale.
 Table 1 and Fig. 5 pre-train with `--data freihand:90=DIR1 --backbone resnet50 [--objective simclr]
 [--augment NAME ...]`, then `--init FILE --finetune freihand:90=DIR1 --backbone resnet50
 --image-size 128 --freeze`, which ends in a table on the paper's own 10 %. Fig. 6 fine-tunes with
-`--image-size 128 --label-fraction 0.2`. Table 3 is `eval.py RUN --data yt3d=DIR2` of Table 2's run.
+`--image-size 128 --label-fraction 0.2`. Table 3's lower half is Table 2's run judged by
+`eval.py RUN --data yt3d=DIR2`.
 
 The idea: SimCLR pulls two views of a picture together and so forgets where things are. Here a
 view's rotation and translation are first undone on its projection, read as points of a plane; then

@@ -754,13 +754,16 @@ def test_a_table_shows_the_mean_pose_and_triangulated_labels_in_their_columns(tm
     base["scores"] = {"single_view_n_mpjpe_mm": 2, "single_view_pa_mpjpe_mm": 3}
     ours["scores"] = {"single_n_mpjpe_mm": 4, "fusion_pa_mpjpe_mm": 5, "single_pa_mpjpe_mm": 6, "single_2d_px": 7, "dlt_pa_mpjpe_mm": 8,
                       "dlt_n_mpjpe_mm": 9, "dlt_2d_px": 10, "mean_pose_pa_mpjpe_mm": 11, "mean_pose_n_mpjpe_mm": 12, "mean_pose_2d_px": 13}
+    longer = ours | {"budget": 4, "scores": {"dlt_pa_mpjpe_mm": 0}}
     assert show.rows_table(claim, [base, ours]).splitlines() == [
         "| row | budget | seeds | single n mpjpe mm | fusion pa mpjpe mm | single pa mpjpe mm | single 2d px |",
         "|---|---:|---:|---:|---:|---:|---:|",
         "| base | - | 1 | 2.0 | - | 3.0 | - |",
         "| ours | 1 | 1 | 4.0 | 5.0 | 6.0 | 7.0 |",
-        "| DLT | - | 1 | - | 8.0 | - | 10.0 |",
-        "| mean pose | - | 1 | - | 11.0 | 11.0 | 13.0 |"]
+        "| DLT | 1 | 1 | - | 8.0 | - | 10.0 |",
+        "| mean pose | 1 | 1 | - | 11.0 | 11.0 | 13.0 |"]
+    assert show.rows_table(claim, [base, ours, longer]).splitlines()[-2:] == [                     # one budget stands for all
+        "| DLT | 1 | 1 | - | 8.0 | - | 10.0 |", "| mean pose | 1 | 1 | - | 11.0 | 11.0 | 13.0 |"]
 
 
 def test_a_tuned_row_has_the_mean_pose_of_its_own_test_hands(tmp_path):

@@ -57,11 +57,11 @@ def table(claim: Claim, results: Path = RESULTS) -> str:
            "| claim | budget | mm or px, against | paper's gain | ours, % | over seeds | over hands | verdict |",
            "|---|---:|---:|---|---:|---:|---:|---|"]
     for compared in claim.compared:
-        all_of_it = verdicts(claim, compared, found)
-        there = [v for v in all_of_it if v.seeds] or all_of_it[:1]
+        planned = verdicts(claim, compared, found)
+        there = [v for v in planned if v.seeds] or planned[:1]
         for v in there:
             pair = f"{number(v.better)} / {number(v.than)}" if v.seeds else "-"
-            waiting = [f"{other.budget:g}" for other in all_of_it if other not in there] if v is there[-1] and v.seeds else []
+            waiting = [f"{other.budget:g}" for other in planned if other not in there] if v is there[-1] and v.seeds else []
             says = word(v) + (f"; at {', '.join(waiting)} not run" if waiting else "")
             out.append(f"| {compared.says} | {v.budget:g} | {pair} | {compared.paper} | {spread(v)} | "
                        f"{between(v.over_seeds)} | {between(v.over_hands)} | {says} |")
@@ -115,10 +115,12 @@ def rows_table(claim: Claim, found: list[dict]) -> str:
             out.append(f"| {row.name} | {f'{b:g}' if b else '-'} | {len(mine)} | {' | '.join(cells)} |")
     for title, name, prefix in claim.beside:
         mine = [line for line in found if line["row"] == name]
-        cells = [over_seeds([line["scores"][key] for line in mine for key in _beside(column, prefix) if key in line["scores"]])
-                 for column in names]
         if mine:
-            out.append(f"| {title} | - | {len({line['seed'] for line in mine})} | {' | '.join(cells + ['-'] * len(claim.monitors))} |")
+            least = min(line["budget"] for line in mine)
+            scores = [line["scores"] for line in mine if line["budget"] == least]
+            cells = [over_seeds([x[key] for x in scores for key in _beside(column, prefix) if key in x]) for column in names]
+            cells += ["-"] * len(claim.monitors)
+            out.append(f"| {title} | {f'{least:g}' if least else '-'} | {len(scores)} | {' | '.join(cells)} |")
     return "\n".join(out)
 
 
