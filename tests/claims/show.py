@@ -120,7 +120,8 @@ def rows_table(claim: Claim, found: list[dict]) -> str:
             scores = [line["scores"] for line in mine if line["budget"] == least]
             cells = [over_seeds([x[key] for x in scores for key in _beside(column, prefix) if key in x]) for column in names]
             cells += ["-"] * len(claim.monitors)
-            out.append(f"| {title} | {f'{least:g}' if least else '-'} | {len(scores)} | {' | '.join(cells)} |")
+            budget = f"{least:g}" if prefix.startswith("fusion") else "-"                  # labels and a mean pose have none
+            out.append(f"| {title} | {budget} | {len(scores)} | {' | '.join(cells)} |")
     return "\n".join(out)
 
 
