@@ -781,13 +781,15 @@ def test_readme_agrees_with_the_result_files():
     assert show.with_tables(text) == text, "run python tests/reproduce.py readme"
 
 
-def test_readme_gets_tables_of_what_was_run_and_the_names_of_the_rest(tmp_path):
+def test_readme_gets_tables_of_what_was_run_and_the_names_of_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(show, "CORE", (PECLR, CLAIMS["hamuco"]))
+    monkeypatch.setattr(show, "FURTHER", (CLAIMS["handmim"],))
     (tmp_path / "peclr.jsonl").write_text(json.dumps(result("random", 0, 91.6, 0)) + "\n")
-    marks = "above <!-- claims: peclr hamuco --> old <!-- /claims --> between <!-- claims: rest -->\n\n<!-- /claims --> below"
+    marks = "above <!-- claims: handmim peclr hamuco --> old <!-- /claims --> between <!-- claims: rest -->\n\n<!-- /claims --> below"
     text = show.with_tables(marks, tmp_path)
-    assert text.startswith("above <!-- claims: peclr hamuco -->\n\n**PeCLR, frozen features") and text.count("**") == 2 and " old " not in text
+    assert text.startswith("above <!-- claims: handmim peclr hamuco -->\n\n**PeCLR, frozen features") and text.count("**") == 2 and " old " not in text
     assert "<!-- /claims --> between <!-- claims: rest -->\n\n| not run yet |" in text and text.endswith("\n\n<!-- /claims --> below")
-    assert all(f"claim {claim.name}`" in text for claim in (*CORE, *FURTHER)) and "| HandMIM (Tab. 3 and 5) |" in text
+    assert all(f"claim {name}`" in text for name in ("peclr", "hamuco", "handmim")) and "| HandMIM (Tab. 3 and 5) |" in text
     assert show.with_tables(text, tmp_path) == text
 
 
@@ -795,7 +797,9 @@ def test_readme_gets_tables_of_what_was_run_and_the_names_of_the_rest(tmp_path):
     ("no marks", "peclr, rest"), ("<!-- claims: rest --><!-- /claims -->", "peclr"),
     ("<!-- claims: peclr rest --><!-- /claims --><!-- claims: peclr --><!-- /claims -->", "peclr"),
     ("<!-- claims: peclr nobody rest --><!-- /claims -->", "nobody")])
-def test_a_claim_without_a_place_in_readme_or_with_two_is_named(tmp_path, marks, named):
+def test_a_claim_without_a_place_in_readme_or_with_two_is_named(tmp_path, monkeypatch, marks, named):
+    monkeypatch.setattr(show, "CORE", (PECLR,))
+    monkeypatch.setattr(show, "FURTHER", ())
     (tmp_path / "peclr.jsonl").write_text(json.dumps(result("random", 0, 91.6, 0)) + "\n")
     with pytest.raises(ValueError, match=f"README.md: marks must name each of these claims once: {named}$"):
         show.with_tables(marks, tmp_path)

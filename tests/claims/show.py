@@ -164,14 +164,14 @@ def not_run(results: Path = RESULTS) -> str:
 
 
 def with_tables(text: str, results: Path = RESULTS) -> str:
-    """README's text with the present tables between its marks; ValueError where one claim with results has no place, or two.
+    """README's text with the present tables between its marks; ValueError where a claim has no place, or two.
 
     `<!-- claims: NAME ... -->` is followed by those of these claims that have results, `<!-- claims: rest -->` by the others.
     """
     claims = {claim.name: claim for claim in (*CORE, *FURTHER)}
     placed = [name for _, names, _ in MARKS.findall(text) for name in names.split()]
     wanted = [name for name, claim in claims.items() if lines(claim, results)]
-    wrong = [name for name in {*wanted, *placed, "rest"} if placed.count(name) != 1 or name not in (*claims, "rest")]
+    wrong = [name for name in {*claims, *placed, "rest"} if placed.count(name) != 1 or name not in (*claims, "rest")]
     if wrong:
         raise ValueError(f"README.md: marks must name each of these claims once: {', '.join(sorted(wrong))}")
 
