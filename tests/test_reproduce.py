@@ -215,7 +215,7 @@ def test_a_whole_seed_comes_before_the_next_one_and_a_budget_before_a_larger():
         (0, 1), (1, 1), (0, 4), (1, 4)]
     first = [t for t in todo if t.budget in (0, 1, 1.5)]
     assert todo[:len(first)] == first and [t.seed for t in first] == sorted(t.seed for t in first)
-    assert len(todo) == len(set(todo)) == 2 * (8 + 5 + 6 + 3)
+    assert len(todo) == len(set(todo)) == 2 * (8 + 5 + 7 + 3)
 
 
 def test_a_stopped_stage_goes_on_and_a_finished_one_is_not_run_again(tmp_path):
@@ -443,7 +443,7 @@ def test_rows_wait_for_their_calibration_which_comes_first(tmp_path, monkeypatch
 
     monkeypatch.setattr(sitting, "run", run)
     assert sitting.sit([TI_NET], 1, None, sitting.Place(tmp_path, tmp_path, tmp_path)) == 0
-    assert [(name, seed) for name, _, seed in tried] == 3 * [("calibrate-ti_net", 100)] + 9 * [("ti_net", 0)]
+    assert [(name, seed) for name, _, seed in tried] == 3 * [("calibrate-ti_net", 100)] + 10 * [("ti_net", 0)]
 
 
 # ---- Scores --------------------------------------------------------------------------------------
