@@ -268,6 +268,8 @@ def test_of_two_signals_the_first_counts(monkeypatch):
     before = [signal.getsignal(number) for number in numbers]
     try:
         for number in numbers:
+            for other in numbers:
+                signal.signal(other, signal.SIG_DFL)               # whatever this suite was started by
             sitting.stop_at_a_signal()
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(number)
@@ -311,7 +313,7 @@ def test_ctrl_c_stops_every_process_of_a_claim_once_and_they_save(tmp_path):
     (project / "peclr.py").write_text(PATIENT.replace("REAL", repr(str(ROOT / "peclr.py"))))
     command = [sys.executable, "tests/reproduce.py", "claim", "calibrate-peclr", "--jobs", "2"]
     parent = subprocess.Popen(command, cwd=project, text=True, start_new_session=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT)
+                              stderr=subprocess.STDOUT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     runs = project / "runs/claims"
     until = time.monotonic() + 90
     while len(list(runs.glob("*/small"))) < 2 and time.monotonic() < until and parent.poll() is None:
