@@ -833,6 +833,7 @@ def test_every_command_of_the_papers_tables_is_accepted(entry, monkeypatch):
             if words[0] == "eval.py":
                 args = judged(words[1:], monkeypatch)
                 specs = [args.data] if args.data else []
+                assert not args.curve or args.metric in ("mpjpe_mm", "pa_mpjpe_mm", "n_mpjpe_mm", "pa_mpvpe_mm")       # those of every run
                 assert set(args.protocol) <= {"ours", *(name for spec in specs for name in PROTOCOLS.get(parse_data(spec)[0], ()))}
             else:
                 cfg = accepted(words)
