@@ -183,6 +183,20 @@ def test_the_lines_that_are_there_are_of_the_plans_commands(claim):
     assert len(sitting.lines(claim)) == len(found) - old
 
 
+@pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
+def test_seeds_of_a_row_are_of_one_precision_and_kind_of_device(claim):
+    kinds = {}
+    for line in sitting.lines(claim):
+        kinds.setdefault((line["row"], line["budget"]), set()).add((*line["precision"], line["device"]))
+    assert all(len(kind) == 1 for kind in kinds.values())
+
+
+def test_a_line_names_the_processor_or_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"H200 of {device}")
+    assert sitting.machine("cuda:1") == "H200 of cuda:1" and sitting.machine("mps") == "mps"
+    assert sitting.machine().endswith(f", one thread of {os.cpu_count()}")
+
+
 def test_a_line_that_is_cut_off_is_named(tmp_path):
     (tmp_path / "ti_net.jsonl").write_text('{"row": "scratch", "seed": 0, "budget": 0}\n{"row": "ti_n')
     with pytest.raises(UserError, match="ti_net.jsonl: line 2 is cut off; delete it"):
@@ -395,6 +409,7 @@ def test_a_tiny_claim_runs_goes_on_and_ends_in_a_table(here, monkeypatch):
     monkeypatch.setattr(sitting, "_chosen", lambda claim, results: (1e-3, {}))
     monkeypatch.setattr(sitting, "calibration", lambda claim: None)
     monkeypatch.setattr(sitting, "Scale", lambda: TINY)
+    monkeypatch.setattr(sitting, "machine", lambda device: f"machine of {device}")
     place = sitting.Place(here / "results", here / "runs", here / "cache", TINY, execute)
     assert sitting.sit([TOY], seeds=1, place=place) == 0
     found = sitting.lines(TOY, place.results)
@@ -405,7 +420,7 @@ def test_a_tiny_claim_runs_goes_on_and_ends_in_a_table(here, monkeypatch):
         assert 10 < line["scores"]["class_mpjpe_mm"] < 300 and len(line["groups"]["small_mpjpe_mm"]) == 24
         assert np.mean(line["groups"]["small_mpjpe_mm"]) == pytest.approx(line["scores"]["small_mpjpe_mm"], abs=0.01)
         assert set(line["commands"]) == {"small"} | ({"weights"} if line["row"] == "simclr" else set())
-    assert [line["pictures"] for line in found] == [0, 32]
+    assert [line["pictures"] for line in found] == [0, 32] and {line["machine"] for line in found} == {"machine of cpu"}
     assert [sorted(line["monitors"]) for line in found] == [[], ["loss", "nearest", "negative", "positive"]]
     assert found[0]["scores"]["class_mpjpe_mm"] != found[1]["scores"]["class_mpjpe_mm"]
     assert not list((here / "runs").rglob("last.pt")) and not list((here / "runs").rglob("best.pt"))
